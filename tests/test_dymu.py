@@ -1,0 +1,206 @@
+"""Every equation against a slow form of it that is written in another way. The names carry the equations' numbers."""
+
+import math
+
+import pytest
+import torch
+
+import dymu
+from dymu import DyMU, match, merge, query_positions, remerge, rope_scores, rotate, schedule, size_bias, vtu_attention
+
+
+def angles(N, d, base=10000.0):
+    theta = torch.arange(N, dtype=torch.float64)[:, None] / base ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
+    return theta.cos(), theta.sin()
+
+
+def random_map(N, N_un):
+    token_at = torch.cat((torch.arange(N_un), torch.randint(0, N_un, (N - N_un,))))
+    return token_at[torch.randperm(N)]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ---- DToMe ----
+
+
+def test_match_is_the_best_cosine_between_alternating_tokens():
+    keys = torch.randn(9, 5, dtype=torch.float64)
+    score, partner = match(keys)
+    assert score[0] == -math.inf  # the class token
+    for i, t in enumerate(range(2, 9, 2), start=1):
+        cosines = [float(torch.cosine_similarity(keys[t], keys[n], dim=0)) for n in range(1, 9, 2)]
+        assert partner[i] == max(range(4), key=cosines.__getitem__)
+        assert abs(score[i] - max(cosines)) < 1e-12
+    assert match(keys, class_token=False)[0][0] > -1
+    assert match(torch.ones(6, 3) / 3)[0].max() <= 1  # rounding does not reach over a threshold of 1
+
+
+def merged_by_sets(x, positions, partner, keep):
+    """Eq. 1-3 token by token, with P as Python sets."""
+    a, b = list(range(0, len(x), 2)), list(range(1, len(x), 2))
+    x, positions = [row.clone() for row in x], [set(p) for p in positions]
+    for i, t in enumerate(a):
+        if keep[i]:
+            n = b[partner[i]]
+            weight, own = len(positions[t]), len(positions[n])
+            x[n] = (x[t] * weight + x[n] * own) / (weight + own)
+            positions[n] |= positions[t]
+    order = [t for i, t in enumerate(a) if not keep[i]] + b
+    return torch.stack([x[t] for t in order]), [positions[t] for t in order]
+
+
+def test_eq1_eq2_eq3_merge_equals_one_edge_at_a_time():
+    x = torch.randn(11, 4, dtype=torch.float64)
+    size, token_at, positions = torch.ones(11), torch.arange(11), [{i} for i in range(11)]
+    for _ in range(3):
+        score, partner = match(x)
+        keep = score > score[1:].median()
+        expected_x, positions = merged_by_sets(x, positions, partner.tolist(), keep.tolist())
+        x, size, token_at = merge(x, size, token_at, partner, keep)
+        torch.testing.assert_close(x, expected_x)
+        assert [set((token_at == t).nonzero().flatten().tolist()) for t in range(len(x))] == positions
+        assert size.tolist() == torch.bincount(token_at).tolist()
+        assert size.sum() == 11
+        assert positions[0] == {0}  # the class token stays alone, and first
+
+
+def test_eq1_several_tokens_may_join_one():
+    x, keep = torch.tensor([[0.0], [10.0], [1.0], [20.0], [4.0]]), torch.tensor([False, True, True])
+    x, size, token_at = merge(x, torch.tensor([1.0, 2, 1, 1, 3]), torch.arange(5), torch.tensor([0, 0, 0]), keep)
+    assert x.flatten().tolist() == [0, (10 * 2 + 1 + 4 * 3) / 6, 20]
+    assert (size.tolist(), token_at.tolist()) == ([1, 6, 1], [0, 1, 1, 2, 1])
+
+
+def test_merge_of_nothing_changes_nothing():
+    x, size, token_at = torch.randn(7, 3), torch.rand(7), torch.arange(7)
+    after = merge(x, size, token_at, torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool))
+    assert all(a is b for a, b in zip(after, (x, size, token_at)))
+
+
+def test_tome_merges_the_r_best_edges_and_never_the_class_token():
+    score = torch.tensor([-math.inf, 0.1, 0.9, -0.5, 0.3])
+    assert DyMU(r=(2,)).edges(score, 0).tolist() == [False, False, True, False, True]
+    assert DyMU(r=(9,)).edges(score, 0).tolist() == [False, True, True, True, True]
+    assert DyMU(thresholds=(0.3,)).edges(score, 0).tolist() == [False, False, True, False, False]  # strictly above
+
+
+def test_eq5_size_s_equals_s_copies():
+    q, k, v = torch.randn(3, 2, 5, 8, dtype=torch.float64)
+    size = torch.tensor([1, 3, 2, 1, 4])
+    copies = torch.arange(5).repeat_interleave(size)
+    weighted = dymu.attention(q, k, v, size_bias(size).double().expand(1, 5, 5))
+    torch.testing.assert_close(weighted, dymu.attention(q, k[:, copies], v[:, copies]), rtol=1e-6, atol=1e-6)
+
+
+def test_appendix_b_schedules():
+    assert schedule(504, 24) == (21,) * 24
+    assert schedule(386, 24) == (17, 17) + (16,) * 22  # the remainder goes to the first layers
+    for total in (0, 1, 100, 384, 483):
+        linear = schedule(total, 23, "linear")
+        assert sum(linear) == total and list(linear) == sorted(linear, reverse=True)
+        assert schedule(total, 23, "reverse_linear") == linear[::-1]
+    assert schedule(384, 24, "linear")[0] > 25
+    with pytest.raises(ValueError, match="cubic"):
+        schedule(10, 2, "cubic")
+
+
+# ---- VTU ----
+
+
+def test_eq6_eq7_eq8_scores_depend_on_the_difference_of_angles():
+    d, (cos, sin) = 8, angles(40, 8)
+    q, k = torch.randn(2, d, dtype=torch.float64)
+    theta = torch.atan2(sin, cos)
+    for m, n in ((3, 3), (7, 2), (39, 0)):
+        score = rotate(q[None], cos[m], sin[m])[0] @ rotate(k[None], cos[n], sin[n])[0]
+        difference = theta[m] - theta[n]
+        dot, cross = q[:4] * k[:4] + q[4:] * k[4:], q[:4] * k[4:] - q[4:] * k[:4]
+        torch.testing.assert_close(score, (dot * difference.cos() + cross * difference.sin()).sum())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_eq9_eq10_term_by_term_equals_expand_and_rotate(kv_heads):
+    N, N_un, d = 23, 9, 16
+    q, k = torch.randn(4, N_un, d, dtype=torch.float64), torch.randn(kv_heads, N_un, d, dtype=torch.float64)
+    token_at, (cos, sin) = random_map(N, N_un), angles(N, d)
+    expanded = rotate(q[:, token_at], cos, sin) @ rotate(
+        k.repeat_interleave(4 // kv_heads, 0)[:, token_at], cos, sin
+    ).transpose(1, 2)
+    torch.testing.assert_close(rope_scores(q, k, token_at, cos, sin), expanded, rtol=0, atol=1e-12)
+    doubled = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)  # Hugging Face's tables are accepted too
+    torch.testing.assert_close(rope_scores(q, k, token_at, *doubled), expanded, rtol=0, atol=1e-12)
+
+
+def spread(positions, s):
+    """s of a sorted list, evenly."""
+    s = min(s, len(positions))
+    return [positions[(2 * j + 1) * len(positions) // (2 * s)] for j in range(s)]
+
+
+def test_query_positions_are_spread_evenly():
+    token_at = torch.tensor([0, 1, 1, 1, 0, 2, 1, 1])
+    assert query_positions(token_at).tolist() == list(range(8))
+    assert query_positions(token_at, 1).tolist() == [3, 4, 5]  # the medians of {0, 4}, {1, 2, 3, 6, 7} and {5}
+    assert query_positions(token_at, 5).tolist() == list(range(8))
+    token_at = random_map(60, 13)
+    for s in (1, 2, 3, 7):
+        lists = [(token_at == t).nonzero().flatten().tolist() for t in range(13)]
+        assert query_positions(token_at, s).tolist() == sorted(p for one in lists for p in spread(one, s))
+
+
+def remerged_by_loops(q, k, v, token_at, cos, sin, queries):
+    """Eq. 10 and 11 from the scores of rope_scores, one head and one token at a time."""
+    (H, N_un, d), N = q.shape, len(token_at)
+    scores = rope_scores(q, k, token_at, cos, sin) / math.sqrt(d)
+    out = torch.zeros(H, N_un, d, dtype=q.dtype)
+    for h in range(H):
+        value = v[h * len(v) // H][token_at]
+        rows = [scores[h, n, : n + 1].softmax(0) @ value[: n + 1] for n in range(N)]
+        for t in range(N_un):
+            positions = (token_at == t).nonzero().flatten().tolist()
+            chosen = positions if queries is None else spread(positions, queries)
+            out[h, t] = sum(rows[n] for n in chosen) / len(chosen)
+    return out
+
+
+@pytest.mark.parametrize("queries", [None, 1, 3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_eq10_eq11_as_run_equals_the_loops(queries, kv_heads):
+    N, N_un, d = 19, 7, 8
+    q = torch.randn(4, N_un, d, dtype=torch.float64)
+    k, v = torch.randn(2, kv_heads, N_un, d, dtype=torch.float64)
+    token_at, (cos, sin) = random_map(N, N_un), angles(N, d)
+    got = vtu_attention(q, k, v, token_at, cos, sin, queries)
+    torch.testing.assert_close(got, remerged_by_loops(q, k, v, token_at, cos, sin, queries), rtol=0, atol=1e-12)
+
+
+def test_eq11_remerge_is_the_pseudo_inverse_of_the_map():
+    token_at, x = random_map(12, 5), torch.randn(3, 12, 4, dtype=torch.float64)
+    M = torch.nn.functional.one_hot(token_at).double()
+    torch.testing.assert_close(remerge(x, token_at, 5), torch.linalg.inv(M.T @ M) @ M.T @ x)
+
+
+def test_identity_map_makes_vtu_plain_attention():
+    q, k, v = torch.randn(3, 2, 10, 8, dtype=torch.float64)
+    cos, sin = angles(10, 8)
+    plain = dymu.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=True)
+    for queries in (None, 1):
+        assert torch.equal(vtu_attention(q, k, v, torch.arange(10), cos, sin, queries), plain)
+
+
+def test_a_cached_step_equals_the_last_row_of_one_pass():
+    q, k, v = torch.randn(3, 2, 6, 8, dtype=torch.float64)
+    token_at, (cos, sin) = torch.tensor([0, 1, 2, 1, 3, 3, 4, 5]), angles(8, 8)
+    whole = vtu_attention(q, k, v, token_at, cos, sin)
+    torch.testing.assert_close(vtu_attention(q[:, -1:], k, v, token_at, cos, sin), whole[:, -1:])
+
+
+def test_settings_that_contradict_are_refused():
+    with pytest.raises(ValueError, match="not both"):
+        DyMU(thresholds=(0.5,), r=(1,))
+    with pytest.raises(ValueError, match="queries is 0"):
+        DyMU(queries=0)
