@@ -1,0 +1,358 @@
+"""From a Hub id or a folder to a model and its processor: configuration, weights, pictures, prompts, thresholds.
+
+Only data is read, never a pickle that could run code. What is wrong with a checkpoint or an input is a ValueError whose
+one line says what, where and what to do.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dymu import DyMU
+from model import ACTIVATIONS, Llava, LlavaConfig, TextConfig, VisionConfig
+
+FILES = ["*.json", "*.safetensors", "chat_template.jinja"]  # all that is read of a checkpoint, or downloaded
+KEYS = (  # checkpoints of different ages name one tensor differently; every key goes through every row
+    (r"^model\.", ""),
+    (r"^language_model\.model\.", "language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
+    (r"^vision_tower\.(embeddings|encoder)\.", "vision_tower."),
+)
+IGNORED = r"inv_freq$|position_ids$|^vision_tower\.post_layernorm\."  # in checkpoints, but nothing that runs needs them
+PROMPTS = (  # a chat format: its mark in the checkpoint's Jinja template, a prompt with a picture, one without
+    (".upper() + ': '", "USER: <image>\n{} ASSISTANT:", "USER: {} ASSISTANT:"),  # LLaVA-1.5; also without a template
+    ("'[INST] '", "[INST] <image>\n{} [/INST]", "[INST] {} [/INST]"),  # Mistral
+    (
+        "'<|im_start|>' + message['role'] + ' '",  # ChatML, as the llava-hf checkpoints write it
+        "<|im_start|>user <image>\n{}<|im_end|><|im_start|>assistant\n",
+        "<|im_start|>user \n{}<|im_end|><|im_start|>assistant\n",
+    ),
+)
+BUDGETS = {"low": 93 / 576, "mid": 208 / 576, "high": 392 / 576}  # share of the N tokens left, on average over images
+
+
+def find(path_or_repo_id, announce=None) -> Path:
+    """The folder of a checkpoint. A Hub id is downloaded where needed, after announce(bytes, cache folder)."""
+    name = str(path_or_repo_id)
+    folder = Path(name).expanduser()
+    if folder.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        if not (folder / "config.json").is_file():
+            what = "has no config.json" if folder.is_dir() else "is neither a folder nor a Hub id (owner/name)"
+            raise ValueError(f"model {name!r} {what}")
+        return folder
+    try:
+        if announce is not None:
+            files = snapshot_download(name, allow_patterns=FILES, dry_run=True)
+            if size := sum(f.file_size for f in files if f.will_download):
+                announce(size, HF_HUB_CACHE)
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as e:  # of many types: no such repository, no network, no right to it, a full disk
+        raise ValueError(f"model {name!r} is not a folder, and not to be had from the Hub: {one_line(e)}") from e
+
+
+def one_line(e: BaseException) -> str:
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def read_json(path: Path, kind=dict):
+    """An empty dict for a file that does not exist."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{path}: not readable as JSON ({one_line(e)})") from e
+    if not isinstance(data, kind):
+        raise ValueError(f"{path}: the JSON is a {type(data).__name__}, not an object")
+    return data
+
+
+# ---- config.json ----
+
+
+def read_config(folder: Path) -> LlavaConfig:
+    """config.json, where a field that equals transformers' default may be absent."""
+    c, file = read_json(folder / "config.json"), folder / "config.json"
+
+    def supported(what, found, *known):
+        if found not in known:
+            raise ValueError(f"{file}: {what} {found!r} is not implemented, only {', '.join(map(repr, known))}")
+
+    def fill(kind, values):
+        names = {f.name for f in dataclasses.fields(kind)}
+        return kind(**{k: v for k, v in values.items() if k in names and v is not None})
+
+    # With no vision_config at all it is CLIP ViT-L/14-336; what a vision_config omits is CLIPVisionConfig's default.
+    large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    vision = c.get("vision_config") or large | dict(image_size=336, patch_size=14)
+    text = c.get("text_config") or {}
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # the new name and the old one
+    supported("model_type", c.get("model_type"), "llava")
+    supported("vision model_type", vision.get("model_type", "clip_vision_model"), "clip_vision_model")
+    supported("text model_type", text.get("model_type", "llama"), "llama")
+    supported("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
+    eos_places = read_json(folder / "generation_config.json"), c, text
+    eos = next((d["eos_token_id"] for d in eos_places if d.get("eos_token_id") is not None), 2)
+    joined = dict(
+        vision_config=fill(VisionConfig, vision),
+        text_config=fill(TextConfig, text | dict(rope_theta=rope.get("rope_theta", text.get("rope_theta")))),
+        image_token_index=c.get("image_token_index", c.get("image_token_id")),  # two names for one thing
+        tie_word_embeddings=bool(c.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+    config = fill(LlavaConfig, c | joined)
+    supported("vision hidden_act", config.vision_config.hidden_act, *ACTIVATIONS)
+    supported("text hidden_act", config.text_config.hidden_act, *ACTIVATIONS)
+    supported("projector_hidden_act", config.projector_hidden_act, *ACTIVATIONS)
+    supported("vision_feature_select_strategy", config.vision_feature_select_strategy, "default", "full")
+    layers = config.vision_config.num_hidden_layers
+    supported("vision_feature_layer", config.vision_feature_layer, *range(-layers - 1, layers + 1))
+    return config
+
+
+# ---- weights ----
+
+
+def weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index}: shard {name!r} points outside the folder")
+        if not (folder / name).is_file():
+            pickles = "; pytorch_model.bin is a pickle, which is never read" if list(folder.glob("*.bin")) else ""
+            raise ValueError(f"{folder / name} is missing{pickles}")
+    return [folder / name for name in names]
+
+
+def open_shard(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as e:  # SafetensorError, OSError
+        raise ValueError(f"{file}: not a whole safetensors file ({one_line(e)})") from e
+
+
+def load_model(folder: Path, device=None, dtype=None, only: str = "") -> Llava:
+    """Builds the model on the meta device and assigns the tensors of the memory-mapped shards: it never exists twice.
+
+    Strict, before anything is read: a missing, left-over or misshapen tensor is a ValueError that names it.
+    only: a prefix; tensors whose name does not begin with it stay on the meta device.
+    """
+    config = read_config(folder)
+    device = choose_device(device)
+    with torch.device("meta"):
+        model = Llava(config).eval().requires_grad_(False)
+    wanted, source = model.state_dict(), {}
+    for file in weight_files(folder):
+        with open_shard(file) as shard:
+            for key in shard.keys():  # noqa: SIM118 (it is no dict)
+                name = key
+                for pattern, replacement in KEYS:
+                    name = re.sub(pattern, replacement, name)
+                block = re.match(r"vision_tower\.layers\.(\d+)\.", name)
+                beyond = block and int(block[1]) >= len(model.vision_tower.layers)  # of the layer that is read
+                if beyond or re.search(IGNORED, name) or (config.tie_word_embeddings and name == "lm_head.weight"):
+                    continue
+                shape, kind = shard.get_slice(key).get_shape(), shard.get_slice(key).get_dtype()
+                if name not in wanted or name in source:
+                    raise ValueError(f"{file}: tensor {key} {'is there twice' if name in source else 'has no place'}")
+                if shape != list(wanted[name].shape):
+                    raise ValueError(f"{file}: tensor {key} is {shape}, config.json says {list(wanted[name].shape)}")
+                if kind not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{file}: tensor {key} is {kind}; quantised checkpoints are not supported")
+                source[name] = file, key, kind
+    if missing := sorted(wanted.keys() - source.keys()):
+        raise ValueError(f"{folder}: tensor {missing[0]} is missing, one of {len(missing)}")
+    dtype = choose_dtype(dtype, device, half=all(kind in ("F16", "BF16") for _, _, kind in source.values()))
+    tensors = {}
+    for file in dict.fromkeys(file for file, _, _ in source.values()):
+        with open_shard(file) as shard:
+            mine = ((name, key) for name, (home, key, _) in source.items() if home == file and name.startswith(only))
+            tensors |= {name: shard.get_tensor(key).to(device, dtype) for name, key in mine}
+    model.load_state_dict(tensors, strict=not only, assign=True)
+    return model
+
+
+def choose_device(device=None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"device {str(device)!r} cannot be used: {one_line(e).split('. ')[0]}") from e
+
+
+def choose_dtype(dtype, device: torch.device, half: bool) -> torch.dtype:
+    """The one asked for; else float32, or for a half-precision checkpoint bfloat16 where the device does that well."""
+    if dtype is not None:
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in known and dtype not in known.values() and dtype != torch.float64:
+            raise ValueError(f"dtype {str(dtype)!r} is not one of {', '.join(known)}")
+        return known.get(dtype, dtype)
+    if not half:
+        return torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if good else torch.float16
+
+
+# ---- pictures and prompts ----
+
+
+def open_picture(path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that many pixels is an error
+            picture = Image.open(path)
+            picture.load()
+            return picture
+    except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on broken files
+        raise ValueError(f"picture {str(path)!r} cannot be read: {one_line(e)}") from e
+
+
+class Processor:
+    """Pictures to pixels, questions to ids, ids to text: transformers' LlavaProcessor without numpy and Jinja.
+
+    pad=True pads a picture to a square with the mean colour first, as the authors' own LLaVA does.
+    """
+
+    def __init__(self, folder: Path, pad: bool = False):
+        self.folder, self.config = folder, read_config(folder)
+        whole, side = read_json(folder / "processor_config.json"), self.config.vision_config.image_size
+        found = read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
+        clip = dict(do_resize=True, size=dict(shortest_edge=side), resample=3, do_center_crop=True, crop_size=side)
+        clip |= dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+        self.pictures = clip | dict(rescale_factor=1 / 255) | {k: v for k, v in found.items() if v is not None}
+        self.pad = pad or bool(found.get("do_pad"))
+        file = folder / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(file))
+        except Exception as e:  # tokenizers raises nothing more precise
+            raise ValueError(f"{file} cannot be read: {one_line(e)}") from e
+        if (at := self.tokenizer.token_to_id("<image>")) != self.config.image_token_index:
+            raise ValueError(f"{file}: the id of <image> is {at}, config.json says {self.config.image_token_index}")
+        jinja = folder / "chat_template.jinja"
+        places = (whole, read_json(folder / "chat_template.json"), read_json(folder / "tokenizer_config.json"))
+        template = next((d["chat_template"] for d in places if d.get("chat_template")), PROMPTS[0][0])
+        self.template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
+
+    def image(self, picture) -> Tensor:
+        """A PIL image or the path of one -> pixels (3, H, W), float32. Transparency is laid on white."""
+        picture = ImageOps.exif_transpose(picture if isinstance(picture, Image.Image) else open_picture(picture))
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture, p = picture.convert("RGB"), self.pictures
+        mean, std = (torch.tensor(p[k])[:, None, None] for k in ("image_mean", "image_std"))
+        if self.pad:
+            (w, h), side = picture.size, max(picture.size)
+            square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in p["image_mean"]))
+            square.paste(picture, ((side - w) // 2, (side - h) // 2))
+            picture = square
+        if p["do_resize"]:
+            size = width_height(p["size"], picture.size)
+            if math.prod(size) > Image.MAX_IMAGE_PIXELS:
+                raise ValueError("a picture of {} x {} is too narrow to crop; pad it".format(*picture.size))
+            picture = picture.resize(size, p["resample"])
+        if p["do_center_crop"]:
+            w, h = width_height(p["crop_size"])
+            left, top = (picture.width - w) // 2, (picture.height - h) // 2
+            picture = picture.crop((left, top, left + w, top + h))
+        x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
+        return ((x.double() * p["rescale_factor"]).float().permute(2, 0, 1) - mean) / std
+
+    def prompt(self, question: str, image: bool = True) -> Tensor:
+        """The question in the checkpoint's chat format -> ids (T,); image: with one image placeholder."""
+        if not question.strip():
+            raise ValueError("the question is empty")
+        formats = [prompts for mark, *prompts in PROMPTS if mark in self.template]
+        if not formats:
+            raise ValueError(f"{self.folder}: chat template not recognised; load.py's PROMPTS lists the known ones")
+        ids = self.tokenizer.encode(formats[0][0 if image else 1].replace("{}", question)).ids
+        if ids.count(self.config.image_token_index) != image:
+            raise ValueError("the question must not hold the image placeholder <image>")
+        return torch.tensor(ids)
+
+    def decode(self, ids) -> str:
+        """The text of ids, special tokens left out."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def width_height(size, picture: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+    """A size of preprocessor_config.json as (width, height): an edge, both edges, or the shortest edge of a picture."""
+    if isinstance(size, int):
+        return size, size
+    if "shortest_edge" not in size:
+        return size["width"], size["height"]
+    return tuple(int(size["shortest_edge"] * edge / min(picture)) for edge in picture)
+
+
+def load(path_or_repo_id, device=None, dtype=None, pad: bool = False) -> tuple[Llava, Processor]:
+    """A Hub id or a folder -> the model, ready to run, and its processor. Raises ValueError for what does not load.
+
+    device: "cuda", "mps" or "cpu", by default the first there is; dtype: see `choose_dtype`; pad: see `Processor`.
+    """
+    folder = find(path_or_repo_id)
+    processor = Processor(folder, pad)
+    return load_model(folder, device, dtype), processor
+
+
+# ---- thresholds ----
+
+
+def read_thresholds(spec: str, folder: Path, config: LlavaConfig) -> tuple[tuple[float, ...], dict]:
+    """The tau_i that spec names, and the provenance that came with them.
+
+    spec: low, mid or high, looked for in the checkpoint's folder and then among those shipped for its vision tower;
+    or a file: a JSON list, one that `demo.py --calibrate` wrote (FILE:mid and FILE:high name another budget than low),
+    or a checkpoint of the authors (.pth), of which the thresholds alone are read.
+    """
+    tower = dataclasses.asdict(config.vision_config)
+    shipped = sorted((Path(__file__).parent / "thresholds").glob("*.json"))
+    if spec in BUDGETS:
+        for file in (folder / "thresholds.json", *shipped):
+            data = read_json(file)
+            if spec in data and data.get("tower", {}).items() <= tower.items():
+                return check_thresholds(data[spec], file, config), data
+        command = f"python demo.py --calibrate IMAGES_FOLDER --model {folder}"
+        raise ValueError(f"no {spec!r} thresholds are known for this vision tower; this finds them: {command}")
+    name, _, budget = spec.rpartition(":") if spec.endswith(tuple(f":{b}" for b in BUDGETS)) else (spec, "", "")
+    file = Path(name)
+    if not file.is_file():
+        raise ValueError(f"--tokens {spec!r} is neither full, low, mid or high nor a file")
+    if file.suffix in (".pth", ".pt", ".bin"):
+        return check_thresholds(read_pth(file), file, config), {}
+    data = read_json(file, (dict, list))
+    if isinstance(data, list) or "thresholds" in data:
+        return check_thresholds(data, file, config), data if isinstance(data, dict) else {}
+    budget = budget or next((b for b in BUDGETS if b in data), "low")
+    return check_thresholds(data.get(budget), file, config), data
+
+
+def read_pth(file: Path) -> list[float]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # UnpicklingError, RuntimeError, EOFError
+        raise ValueError(f"{file}: not a checkpoint of plain tensors ({one_line(e)[:200]})") from e
+    state = state.get("state_dict", state)
+    found = {int(m[1]): float(v) for k, v in state.items() if (m := re.search(r"\.(\d+)\.threshold$", k))}
+    return [found[i] for i in sorted(found)]
+
+
+def check_thresholds(values, file: Path, config: LlavaConfig) -> tuple[float, ...]:
+    values = values.get("thresholds") if isinstance(values, dict) else values
+    if not isinstance(values, list) or not all(type(t) in (int, float) and -1 <= t <= 1 for t in values):
+        raise ValueError(f"{file}: thresholds must be a list of numbers from -1 to 1")
+    config.check(DyMU(thresholds=tuple(values)))
+    return tuple(float(t) for t in values)

@@ -1,0 +1,396 @@
+"""CLIP ViT, projector, Llama decoder, and the LLaVA that joins them. Module names are those of Hugging Face's
+checkpoints, shapes are without a batch axis, and DyMU changes a standard block in the two places marked "differs".
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dymu import DyMU, at_least_float32, attention, match, merge, query_positions, rotate, size_bias, vtu_attention
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # what OpenAI's CLIP was trained with
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@dataclass
+class VisionConfig:
+    """CLIP's vision tower; the defaults are transformers' CLIPVisionConfig, whose values a config.json may omit."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224  # pixels, square
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclass
+class TextConfig:
+    """Llama; the defaults are transformers' LlamaConfig."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # fewer than heads: grouped-query attention; None: as many
+    head_dim: int | None = None  # None: hidden_size / heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0  # base of the RoPE angles
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass
+class LlavaConfig:
+    """How the two are joined; the defaults are transformers' LlavaConfig."""
+
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    text_config: TextConfig = field(default_factory=TextConfig)
+    image_token_index: int = 32000
+    vision_feature_layer: int = -2  # an index into [embeddings, output of block 0, output of block 1, ...]
+    vision_feature_select_strategy: str = "default"  # "default" drops the class token, "full" keeps it
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool = False
+    eos_token_id: tuple[int, ...] = (2,)
+
+    @property
+    def vision_layers(self) -> int:
+        """How many blocks of the tower run: those up to the layer that is read."""
+        last = self.vision_feature_layer
+        return last if last >= 0 else self.vision_config.num_hidden_layers + 1 + last
+
+    @property
+    def visual_tokens(self) -> int:
+        """N"""
+        c = self.vision_config
+        return (c.image_size // c.patch_size) ** 2 + (self.vision_feature_select_strategy == "full")
+
+    def check(self, settings: DyMU) -> None:
+        """Raises ValueError unless thresholds or r has a value per layer that runs, or per layer of the whole tower."""
+        runs, whole = self.vision_layers, self.vision_config.num_hidden_layers
+        for name, values in (("thresholds", settings.thresholds), ("r", settings.r)):
+            if values is not None and len(values) not in (runs, whole):
+                raise ValueError(f"{len(values)} {name} given, the vision tower runs {runs} of its {whole} layers")
+
+
+# ---- CLIP ViT ----
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.heads = c.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (N_i, D), bias (N_i,) per key -> output (N_i, D), keys averaged over heads (N_i, D / heads)"""
+        q, k, v = (rearrange(p(x), "n (h d) -> h n d", h=self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        mask = None if bias is None else bias.to(q.dtype).expand(1, len(x), len(x))
+        x = self.out_proj(rearrange(attention(q, k, v, mask), "h n d -> n (h d)"))
+        return x, at_least_float32(k).mean(dim=0)
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+        self.act = ACTIVATIONS[c.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class VisionLayer(nn.Module):
+    """A pre-norm block in two halves: DToMe merges between them."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.self_attn = VisionAttention(c)
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.mlp = VisionMLP(c)
+
+    def attend(self, x: Tensor, size: Tensor, token_at: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N_i, D) -> x (N_i, D), keys (N_i, D / heads). Until something has merged this is plain attention."""
+        bias = None if len(x) == len(token_at) else size_bias(size)
+        out, keys = self.self_attn(self.layer_norm1(x), bias)
+        return x + out, keys
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionTower(nn.Module):
+    """CLIP's ViT up to the layer that LLaVA reads: the blocks beyond it are not built."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config, c = config, config.vision_config
+        self.class_token = True  # it is token 0
+        self.drop_class_token = config.vision_feature_select_strategy == "default"
+        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
+        self.patch_embedding = nn.Conv2d(c.num_channels, c.hidden_size, c.patch_size, c.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(1 + (c.image_size // c.patch_size) ** 2, c.hidden_size)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # the name is the checkpoints' own
+        self.layers = nn.ModuleList(VisionLayer(c) for _ in range(config.vision_layers))
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """pixels (3, H, W) -> x (1 + patches, D), size all ones, token_at the identity"""
+        c, weight = self.config.vision_config, self.patch_embedding.weight
+        if tuple(pixels.shape) != (c.num_channels, c.image_size, c.image_size):
+            raise ValueError(f"pixels {tuple(pixels.shape)}, wanted {(c.num_channels, c.image_size, c.image_size)}")
+        x = rearrange(self.patch_embedding(pixels.to(weight)[None]), "1 d h w -> (h w) d")
+        x = torch.cat((self.class_embedding[None], x)) + self.position_embedding.weight
+        x = self.pre_layrnorm(x)
+        return x, torch.ones(len(x), device=x.device), torch.arange(len(x), device=x.device)
+
+    def forward(self, pixels: Tensor, settings: DyMU = DyMU()) -> tuple[Tensor, Tensor]:
+        """pixels (3, H, W) -> x (N_un, D) of the layer that is read, token_at (N,)"""
+        self.config.check(settings)
+        x, size, token_at = self.embed(pixels)
+        for i, layer in enumerate(self.layers):
+            x, keys = layer.attend(x, size, token_at)
+            # differs from CLIP: DToMe, between attention and MLP
+            if settings.thresholds is not None or settings.r is not None:
+                score, partner = match(keys, self.class_token)
+                x, size, token_at = merge(x, size, token_at, partner, settings.edges(score, i))
+            x = layer.feed_forward(x)
+        if self.drop_class_token:  # token 0 at position 0: it never merged
+            return x[1:], token_at[1:] - 1
+        return x, token_at
+
+
+class Projector(nn.Module):
+    def __init__(self, c: LlavaConfig):
+        super().__init__()
+        width, bias = c.text_config.hidden_size, c.multimodal_projector_bias
+        self.linear_1 = nn.Linear(c.vision_config.hidden_size, width, bias=bias)
+        self.linear_2 = nn.Linear(width, width, bias=bias)
+        self.act = ACTIVATIONS[c.projector_hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+# ---- Llama ----
+
+
+def rope_table(N: int, c: TextConfig, device) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, head_dim / 2) of theta_f[n] = n / base^(2f/d), float32"""
+    f = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=device) / c.head_dim
+    theta = torch.arange(N, dtype=torch.float32, device=device)[:, None] * (1 / c.rope_theta**f)
+    return theta.cos(), theta.sin()
+
+
+class KVCache:
+    """Keys and values of every decoder layer, one entry per *row*: N_un for a picture, not N."""
+
+    def __init__(self, c: TextConfig, capacity: int, like: Tensor):
+        self.kv = like.new_empty(c.num_hidden_layers, 2, c.num_key_value_heads, capacity, c.head_dim)
+        self.rows = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (H_kv, new rows, d) -> those of all rows so far. `rows` moves on after the last layer."""
+        end = self.rows + k.shape[1]
+        self.kv[layer, 0, :, self.rows : end], self.kv[layer, 1, :, self.rows : end] = k, v
+        if layer == len(self.kv) - 1:
+            self.rows = end
+        return self.kv[layer, 0, :, :end], self.kv[layer, 1, :, :end]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the rows held so far."""
+        return self.kv[..., : self.rows, :].numel() * self.kv.element_size()
+
+
+class Attention(nn.Module):
+    def __init__(self, c: TextConfig, layer: int):
+        super().__init__()
+        self.layer, self.d = layer, c.head_dim
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.o_proj = nn.Linear(q, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, token_at, at, cache: KVCache | None) -> Tensor:
+        q, k, v = (rearrange(p(x), "n (h d) -> h n d", d=self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if token_at is None:  # every row has one position, so its key is rotated once, before it is cached
+            q, k = (rotate(t, cos[-len(x) :], sin[-len(x) :]) for t in (q, k))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        if token_at is None:
+            x = attention(q, k, v, causal=len(x) > 1)
+        else:  # differs from Llama: VTU. Cached keys are not rotated: they are expanded and rotated here, where used
+            x = vtu_attention(q, k, v, token_at, cos, sin, at=at)
+        return self.o_proj(rearrange(x, "h n d -> n (h d)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU"""
+
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.act = ACTIVATIONS[c.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(c.hidden_size)), c.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: TextConfig, layer: int):
+        super().__init__()
+        self.input_layernorm, self.self_attn = RMSNorm(c), Attention(c, layer)
+        self.post_attention_layernorm, self.mlp = RMSNorm(c), MLP(c)
+
+    def forward(self, x: Tensor, *sequence) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *sequence)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c, i) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c)
+
+    def forward(self, x: Tensor, token_at: Tensor, cos: Tensor, sin: Tensor, queries=None, cache=None) -> Tensor:
+        """The new rows x (R, D) -> (R, D), normalised: all rows of a sequence, or with a filled cache the next one.
+
+        token_at (N,): the row at each virtual position so far, cached rows counted; cos, sin (N, d/2). queries: as in
+        `vtu_attention`. A norm, a linear layer and the MLP work row by row, f(M e) = M f(e): they run on R rows only.
+        """
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        cached = cache.rows if cache is not None else 0
+        merged = len(token_at) > cached + len(x)  # else each row stands at its own position, and this is plain Llama
+        at = query_positions(token_at, queries) if merged and not cached else None
+        for layer in self.layers:
+            x = layer(x, cos, sin, token_at if merged else None, at, cache)
+        return self.norm(x)
+
+
+# ---- LLaVA ----
+
+
+class Llava(nn.Module):
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = Llama(config.text_config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+
+    def encode(self, pixels: Tensor, settings: DyMU = DyMU()) -> tuple[Tensor, Tensor]:
+        """pixels (3, H, W) -> the decoder's visual rows (N_un, D), token_at (N,)"""
+        x, token_at = self.vision_tower(pixels, settings)
+        return self.multi_modal_projector(x), token_at
+
+    def splice(self, ids, visual: tuple[Tensor, Tensor] | None, vtu: bool = True) -> tuple[Tensor, Tensor]:
+        """Puts the visual rows that `encode` gives in the place of the one image placeholder in ids (T,).
+
+        -> rows (R, D), token_at (N + text,) over them; with vtu=False every row has one position, token_at (R,).
+        Raises ValueError for ids that the model cannot take.
+        """
+        c, embedding, image = self.config.text_config, self.language_model.embed_tokens, self.config.image_token_index
+        ids = torch.as_tensor(ids, device=embedding.weight.device)
+        text, place = ids[ids != image], (ids == image).nonzero().flatten().tolist()
+        if len(place) != (visual is not None):
+            raise ValueError(f"{len(place)} image placeholders in the prompt, {int(visual is not None)} pictures given")
+        if not len(text) or not 0 <= int(text.min()) <= int(text.max()) < c.vocab_size:
+            raise ValueError(f"the prompt needs text, as token ids from 0 to {c.vocab_size - 1}")
+        rows = embedding(text)
+        if visual is not None:
+            (x, at), start = visual, place[0]
+            rows = torch.cat((rows[:start], x, rows[start:]))
+        token_at = torch.arange(len(rows), device=rows.device)
+        if visual is not None and vtu:
+            token_at = torch.cat((token_at[:start], start + at, token_at[start + len(x) :]))
+        if len(token_at) > c.max_position_embeddings:
+            raise ValueError(f"the prompt takes {len(token_at)} positions, the model has {c.max_position_embeddings}")
+        return rows, token_at
+
+    def head(self, x: Tensor) -> Tensor:
+        tied = self.config.tie_word_embeddings
+        return F.linear(x, (self.language_model.embed_tokens if tied else self.lm_head).weight)
+
+    def forward(self, ids, pixels: Tensor | None = None, settings: DyMU = DyMU()) -> Tensor:
+        """ids (T,) with one image placeholder, pixels (3, H, W) -> logits (R, vocab): a row per text token and per
+        unique visual token. Without pixels, a text-only prompt."""
+        rows, token_at = self.splice(ids, None if pixels is None else self.encode(pixels, settings), settings.vtu)
+        angles = rope_table(len(token_at), self.config.text_config, rows.device)
+        return self.head(self.language_model(rows, token_at, *angles, settings.queries))
+
+    @torch.no_grad()
+    def generate(self, ids, pixels: Tensor | None = None, settings: DyMU = DyMU(), max_new_tokens=128, **options):
+        """Iterates over the ids of the answer. ids and pixels as in `forward`, options as in `decode`."""
+        rows, token_at = self.splice(ids, None if pixels is None else self.encode(pixels, settings), settings.vtu)
+        cache = self.new_cache(len(rows) + max_new_tokens)
+        yield from self.decode(rows, token_at, cache, settings.queries, max_new_tokens, **options)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """capacity: rows, of the prompt and of what will be generated"""
+        return KVCache(self.config.text_config, capacity, like=self.language_model.embed_tokens.weight)
+
+    @torch.no_grad()
+    def decode(self, rows, token_at, cache, queries=None, max_new_tokens=128, eos=None, temperature=0.0, seed=None):
+        """Prefills rows and token_at, as `splice` gives them, into an empty cache; then yields one id at a time.
+
+        Greedy, or with a temperature sampled from softmax(logits / temperature). Ends after max_new_tokens, where the
+        model's positions end, or with an id of eos (one or several; None: the checkpoint's own), which is yielded too.
+        """
+        c, embedding = self.config.text_config, self.language_model.embed_tokens
+        eos = self.config.eos_token_id if eos is None else (eos,) if isinstance(eos, int) else eos
+        generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
+        start = len(token_at)
+        end = min(start + max_new_tokens, c.max_position_embeddings + 1)  # the last id is not fed back
+        cos, sin = rope_table(end, c, rows.device)
+        token_at = torch.cat((token_at, torch.arange(len(rows), len(rows) + end - start, device=rows.device)))
+        for N in range(start, end):
+            x = self.language_model(rows, token_at[:N], cos[:N], sin[:N], queries, cache)
+            logits = at_least_float32(self.head(x[-1]))
+            if temperature > 0:
+                token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            else:
+                token = int(logits.argmax())
+            yield token
+            if token in eos:
+                return
+            rows = embedding.weight[token][None]
