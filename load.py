@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import re
-import warnings
 from pathlib import Path
 
 import torch
@@ -212,11 +211,9 @@ def choose_dtype(dtype, device: torch.device, half: bool) -> torch.dtype:
 
 def open_picture(path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that many pixels is an error
-            picture = Image.open(path)
-            picture.load()
-            return picture
+        picture = Image.open(path)
+        picture.load()
+        return picture
     except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on broken files
         raise ValueError(f"picture {str(path)!r} cannot be read: {one_line(e)}") from e
 
@@ -247,14 +244,13 @@ class Processor:
         template = next((d["chat_template"] for d in places if d.get("chat_template")), PROMPTS[0][0])
         self.template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
 
-    def image(self, picture) -> Tensor:
-        """A PIL image or the path of one -> pixels (3, H, W), float32. Transparency is laid on white."""
+    def view(self, picture) -> Image.Image:
+        """A PIL image or the path of one -> what the model sees of it, as RGB. Transparency is laid on white."""
         picture = ImageOps.exif_transpose(picture if isinstance(picture, Image.Image) else open_picture(picture))
         if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture, p = picture.convert("RGB"), self.pictures
-        mean, std = (torch.tensor(p[k])[:, None, None] for k in ("image_mean", "image_std"))
         if self.pad:
             (w, h), side = picture.size, max(picture.size)
             square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in p["image_mean"]))
@@ -269,8 +265,15 @@ class Processor:
             w, h = width_height(p["crop_size"])
             left, top = (picture.width - w) // 2, (picture.height - h) // 2
             picture = picture.crop((left, top, left + w, top + h))
+        return picture
+
+    def image(self, picture) -> Tensor:
+        """A PIL image or the path of one -> pixels (3, H, W), float32, normalised."""
+        picture, p = self.view(picture), self.pictures
         x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
-        return ((x.double() * p["rescale_factor"]).float().permute(2, 0, 1) - mean) / std
+        x = (x.double() * p["rescale_factor"]).float().permute(2, 0, 1)
+        mean, std = (torch.tensor(p[k])[:, None, None] for k in ("image_mean", "image_std"))
+        return (x - mean) / std
 
     def prompt(self, question: str, image: bool = True) -> Tensor:
         """The question in the checkpoint's chat format -> ids (T,); image: with one image placeholder."""

@@ -1,0 +1,282 @@
+"""Pictures, prompts, configurations and thresholds, against transformers where it has them."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import IMAGE, LLAVA_15_TEMPLATE, make
+from PIL import Image
+from transformers import AutoProcessor, LlavaConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+import load as loading
+from dymu import DyMU
+from load import Processor, choose_dtype, load, load_model, read_config, read_thresholds
+from model import TextConfig, VisionConfig
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(saved, tmp_path / "checkpoint")
+
+
+def edit(file, **changes):
+    data = json.loads(file.read_text())
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        part = data
+        for parent in parents:
+            part = part[parent]
+        part[name] = value
+    file.write_text(json.dumps(data))
+
+
+# ---- pictures ----
+
+
+def picture(mode, size):
+    rng = np.random.default_rng(3)
+    rgb = Image.fromarray(rng.integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)).resize(size)
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(rgb)[:, :, 0].astype(np.uint16) * 257)
+    if mode in ("RGBA", "LA"):
+        rgb.putalpha(rgb.getchannel("G"))
+    if mode == "transparent palette":
+        rgb = rgb.convert("P")
+        rgb.info["transparency"] = 3
+        return rgb
+    return rgb.convert(mode)
+
+
+KINDS = ["RGB", "L", "P", "RGBA", "LA", "CMYK", "I;16", "1", "YCbCr", "transparent palette"]
+SHAPES = [
+    (90, 60),
+    (61, 200),
+    (56, 56),
+    (5, 9),
+    (300, 57),
+    (1, 1),
+]  # wide, tall, as is, tiny, very wide, one pixel
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pixels_equal_transformers(saved, kind, shape):
+    image, crop = picture(kind, shape), {"height": 56, "width": 56}
+    reference = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=crop)
+    expected = reference(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(Processor(saved).image(image), expected, rtol=0, atol=1e-6)
+    reference = LlavaImageProcessorPil(size={"shortest_edge": 56}, crop_size=crop, do_pad=True)
+    expected = reference(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(Processor(saved, pad=True).image(image), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [dict(size={"height": 50, "width": 70}), dict(resample=2), dict(do_resize=False)])
+def test_pixels_follow_preprocessor_config(folder, options):
+    reference = CLIPImageProcessorPil(
+        **{"size": {"shortest_edge": 80}, "crop_size": {"height": 56, "width": 57}, **options}
+    )
+    reference.save_pretrained(folder)
+    image = picture("RGB", (101, 60))
+    expected = reference(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(Processor(folder).image(image), expected, rtol=0, atol=1e-6)
+
+
+def test_old_preprocessor_config_with_plain_numbers(folder):
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(size=56, crop_size=56)))
+    image = picture("RGB", (56, 56))
+    torch.testing.assert_close(Processor(folder).image(image), Processor(folder).image(image.resize((56, 56))))
+
+
+def test_exif_orientation_is_applied(saved, tmp_path):
+    image, exif = picture("RGB", (90, 60)), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    assert torch.equal(Processor(saved).image(tmp_path / "turned.png"), Processor(saved).image(upright))
+
+
+# ---- prompts ----
+
+MISTRAL = (  # what llava-hf/llava-v1.6-mistral-7b-hf ships, without its system part
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+    "{{' [/INST]' }}{% endif %}{% endfor %}"
+)
+CHATML = (  # what llava-hf/llava-interleave-qwen-0.5b-hf ships
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + content['text'] }}"
+    "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "processor_config.json"])
+@pytest.mark.parametrize("template", [LLAVA_15_TEMPLATE, MISTRAL, CHATML], ids=["llava-1.5", "mistral", "chatml"])
+@pytest.mark.parametrize("question", ["What is it?", "Zwei {} Fragen:\nwas, wo?  Österreich 你好 🙂"])
+def test_prompt_equals_transformers(folder, template, place, question):
+    (folder / "chat_template.jinja").unlink()
+    if place.endswith("jinja"):
+        (folder / place).write_text(template)
+    elif place == "chat_template.json":
+        (folder / place).write_text(json.dumps({"chat_template": template}))
+    else:
+        edit(folder / place, chat_template=template)
+    reference, processor = AutoProcessor.from_pretrained(folder), Processor(folder)
+    for image in (True, False):
+        content = [{"type": "image"}] * image + [{"type": "text", "text": question}]
+        text = reference.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, chat_template=template
+        )
+        ids = processor.prompt(question, image)
+        assert ids.tolist() == reference.tokenizer(text).input_ids
+        assert ids.tolist().count(IMAGE) == image
+        assert processor.decode(ids) == text.replace("<image>", "")
+
+
+def test_prompts_that_cannot_be_made(folder):
+    processor = Processor(folder)
+    for question in ("", "  \n"):
+        with pytest.raises(ValueError, match="question is empty"):
+            processor.prompt(question)
+    with pytest.raises(ValueError, match="<image>"):
+        processor.prompt("what is <image>?")
+    (folder / "chat_template.jinja").write_text("### Human: {{ messages[0] }}")
+    with pytest.raises(ValueError, match="chat template not recognised"):
+        Processor(folder).prompt("What is it?")
+    (folder / "chat_template.jinja").unlink()  # no template at all: LLaVA-1.5's
+    assert Processor(folder).prompt("What?").tolist() == processor.prompt("What?").tolist()
+
+
+# ---- configurations and weights ----
+
+
+def config_of(tmp_path, **config):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", **config}))
+    return read_config(tmp_path)
+
+
+def test_defaults_of_a_sparse_config_are_those_of_transformers(tmp_path):
+    for sparse in (
+        {},  # nothing at all: LLaVA-1.5-7B's shapes
+        dict(vision_config={"model_type": "clip_vision_model"}, text_config={"model_type": "llama"}),
+        dict(vision_config={"hidden_size": 64, "num_attention_heads": 4}, text_config={"hidden_size": 256}),
+    ):
+        ours, theirs = config_of(tmp_path, **sparse), LlavaConfig(**sparse)
+        for part, kind in (("vision_config", VisionConfig), ("text_config", TextConfig)):
+            for name in kind.__dataclass_fields__.keys() - {"rope_theta"}:
+                assert getattr(getattr(ours, part), name) == getattr(getattr(theirs, part), name), (part, name)
+        assert ours.text_config.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
+        names = "vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias"
+        for name in (names + " image_token_index tie_word_embeddings").split():
+            assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_spellings_of_the_same_configuration(tmp_path):
+    for text in (dict(rope_theta=5e5), dict(rope_parameters=dict(rope_theta=5e5, rope_type="default"))):
+        assert config_of(tmp_path, text_config=text).text_config.rope_theta == 5e5
+    for name in ("image_token_index", "image_token_id"):
+        assert config_of(tmp_path, **{name: 77}).image_token_index == 77
+    for places in (dict(eos_token_id=[5, 6]), dict(text_config=dict(eos_token_id=[5, 6]))):
+        assert config_of(tmp_path, **places).eos_token_id == (5, 6)
+    (tmp_path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=9)))
+    assert config_of(tmp_path, eos_token_id=5).eos_token_id == (9,)
+
+
+def test_tensors_are_memory_mapped_and_never_on_meta(folder):
+    model, _ = load(folder, "cpu")
+    assert not any(t.is_meta or t.requires_grad for t in model.state_dict().values())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert load_model(folder, "cpu", "bfloat16").lm_head.weight.dtype == torch.bfloat16
+    part = load_model(folder, "cpu", only="vision_tower.")
+    assert part.lm_head.weight.is_meta and not part.vision_tower.class_embedding.is_meta
+
+
+def test_dtype_is_chosen_by_checkpoint_and_device(monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_dtype(None, cpu, half=False) == torch.float32
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        assert choose_dtype(None, cpu, half=True) == expected
+    assert choose_dtype("float16", cpu, half=False) == choose_dtype(torch.float16, cpu, half=False) == torch.float16
+    with pytest.raises(ValueError, match="int8"):
+        choose_dtype("int8", cpu, half=False)
+
+
+def test_a_half_precision_checkpoint_answers(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = {k: t.bfloat16() for k, t in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors")
+    exact, processor = load(folder, "cpu", torch.float32)
+    rounded, _ = load(folder, "cpu", torch.bfloat16)
+    ids, pixels = processor.prompt("What is it?"), processor.image(picture("RGB", (70, 60)))
+    for settings in (DyMU(), DyMU(r=(3, 2, 2)), DyMU(r=(3, 2, 2), queries=1)):
+        a, b = exact(ids, pixels, settings), rounded(ids, pixels, settings)
+        assert b.dtype == torch.bfloat16
+        assert (a - b.float()).norm() < 0.1 * a.norm()
+
+
+def test_a_hub_id_is_downloaded_after_it_was_announced(folder, monkeypatch):
+    calls = []
+
+    def snapshot_download(name, allow_patterns, dry_run=False):
+        calls.append((name, dry_run))
+        assert not any("bin" in p or "py" in p for p in allow_patterns)
+        files = [("model.safetensors", 14_000_000_000, True), ("config.json", 900, False)]
+        fields = ("filename", "file_size", "will_download")
+        return [type("File", (), dict(zip(fields, f))) for f in files] if dry_run else str(folder)
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
+    announced = []
+    assert loading.find("owner/name", announce=lambda size, where: announced.append(size)) == folder
+    assert announced == [14_000_000_000]
+    assert calls == [("owner/name", True), ("owner/name", False)]
+
+
+# ---- thresholds ----
+
+
+def test_thresholds_are_found_next_to_the_checkpoint(folder):
+    config = read_config(folder)
+    (folder / "thresholds.json").write_text(json.dumps({"low": {"thresholds": [0.9, 0.8, 0.7], "r": [4, 4, 4]}}))
+    assert read_thresholds("low", folder, config)[0] == (0.9, 0.8, 0.7)
+    with pytest.raises(ValueError, match=re.escape(f"python demo.py --calibrate IMAGES_FOLDER --model {folder}")):
+        read_thresholds("mid", folder, config)
+
+
+def test_the_published_sample_is_shipped_for_its_tower_alone(tmp_path):
+    config = config_of(tmp_path)  # LLaVA-1.5
+    taus, provenance = read_thresholds("low", tmp_path, config)
+    assert (len(taus), taus[0], taus[-1]) == (24, 0.99609375, 0.81640625)
+    assert "bfloat16" in provenance["doubt"] and provenance["low"]["r"] == [21] * 24
+    config.check(DyMU(thresholds=taus))
+    with pytest.raises(ValueError, match="calibrate"):
+        read_thresholds("low", tmp_path, config_of(tmp_path, vision_config=dict(hidden_size=1024)))
+
+
+def test_thresholds_from_files(folder, tmp_path):
+    config, taus = read_config(folder), [0.9, 0.8, 1]
+    cases = {"list": taus, "one": {"thresholds": taus}, "budgets": {"mid": {"thresholds": taus}, "high": [0, 0, 0, 0]}}
+    for name, data in cases.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+        assert read_thresholds(str(tmp_path / f"{name}.json"), folder, config)[0] == (0.9, 0.8, 1.0)
+    assert read_thresholds(str(tmp_path / "budgets.json") + ":high", folder, config)[0] == (0.0,) * 4
+
+
+def test_thresholds_from_the_authors_checkpoint(folder, tmp_path):
+    state = {f"visual.transformer.resblocks.{i}.threshold": torch.tensor(0.9 - i / 10) for i in (2, 0, 3, 1)}
+    torch.save({"state_dict": state | {"visual.proj": torch.ones(3)}, "epoch": 1}, tmp_path / "tome.pth")
+    found = read_thresholds(str(tmp_path / "tome.pth"), folder, read_config(folder))[0]
+    assert found == pytest.approx((0.9, 0.8, 0.7, 0.6))
