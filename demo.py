@@ -1,0 +1,198 @@
+"""Asks a LLaVA checkpoint about a picture, with as many visual tokens as a budget allows; or finds thresholds."""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dymu import DyMU, find_thresholds, schedule
+from load import BUDGETS, Processor, choose_device, find, load_model, one_line, read_thresholds
+
+EXAMPLES = """examples:
+  python demo.py photo.jpg "What is on the table?"                      all visual tokens: the plain model
+  python demo.py photo.jpg "What is on the table?" --tokens low         16 % of them on average, more if it is busy
+  python demo.py photo.jpg "What is on the table?" --tokens low --vtu off    the same without virtual unmerging
+  python demo.py --calibrate photos/ --model my-llava                   finds low, mid and high for another model
+"""
+BATCH = 64  # images that share one ranking of edges in Eq. 4
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def fail(message: str) -> None:
+    note(f"demo.py: {message}")
+    sys.exit(2)
+
+
+def note(message: str, end: str = "\n") -> None:
+    print(message, end=end, file=sys.stderr, flush=True)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = Parser(
+        usage="demo.py IMAGE QUESTION [options] | demo.py --calibrate FOLDER [options]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=110),
+    )
+    p.add_argument("image", nargs="?", metavar="IMAGE", help=argparse.SUPPRESS)
+    p.add_argument("question", nargs="?", metavar="QUESTION", help=argparse.SUPPRESS)
+    p.add_argument("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help="Hub id or folder (%(default)s)")
+    p.add_argument("--tokens", default="full", metavar="T", help="full (default), low, mid, high or a file")
+    p.add_argument("--vtu", default="all", metavar="Q", help="queries per token: all (default), 1, 2, ...; off: no VTU")
+    p.add_argument("--method", default="dtome", choices=("dtome", "tome"), help="merge by threshold, or a fixed number")
+    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (%(default)s)")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of the sampling; 0 (default): greedy")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (%(default)s)")
+    p.add_argument("--device", metavar="D", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: by checkpoint and device)")
+    p.add_argument("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    p.add_argument("--calibrate", metavar="FOLDER", help="find thresholds for low, mid and high on its pictures")
+    p.add_argument("--save", metavar="FILE", help="of --calibrate (default: thresholds.json beside the checkpoint)")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    a = parse(argv)
+    try:
+        if a.calibrate is None and a.question is None:
+            raise ValueError("IMAGE and QUESTION are needed, or --calibrate FOLDER; --help shows examples")
+        if a.max_new_tokens < 1 or a.temperature < 0 or (a.threads is not None and a.threads < 1):
+            raise ValueError("--max-new-tokens and --threads must be at least 1, --temperature at least 0")
+        if a.threads is not None:
+            torch.set_num_threads(a.threads)
+        device = choose_device(a.device)
+        folder = find(a.model, announce=lambda size, where: note(f"downloading {size / 1e9:.1f} GB to {where}"))
+        processor = Processor(folder, a.pad)
+        (answer if a.calibrate is None else calibrate)(a, folder, processor, device)
+    except (ValueError, OSError) as e:
+        fail(one_line(e))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---- asking ----
+
+
+def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
+    settings = read_settings(a, folder, processor)
+    pixels, ids = processor.image(a.image), processor.prompt(a.question)  # so that bad input is told before a long load
+    llava = load_model(folder, device, a.dtype)
+    tokens_per_layer, dropped = [], int(llava.vision_tower.drop_class_token)
+    for layer in llava.vision_tower.layers:
+        layer.mlp.register_forward_hook(lambda mlp, args, out: tokens_per_layer.append(len(out) - dropped))
+    new, shown = [], ""
+    with torch.inference_mode():
+        start = time.perf_counter()
+        x, at = visual = llava.encode(pixels, settings)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        encoded = time.perf_counter()
+        rows, token_at = llava.splice(ids, visual, settings.vtu)
+        cache = llava.new_cache(len(rows) + a.max_new_tokens)
+        options = dict(max_new_tokens=a.max_new_tokens, temperature=a.temperature, seed=a.seed)
+        for token in llava.decode(rows, token_at, cache, settings.queries, **options):
+            if not new:
+                prefilled = time.perf_counter()
+            new.append(token)
+            text = processor.decode(new)
+            if not a.json and not text.endswith("\ufffd"):  # else a character of which some bytes are still to come
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        end = time.perf_counter()
+    encoder_s, prefill_s, speed = encoded - start, prefilled - encoded, (len(new) - 1) / (end - prefilled)
+    if a.json:
+        report = dict(answer=text, model=a.model, visual_tokens=len(x), virtual_tokens=len(at))
+        report |= dict(tokens_per_layer=tokens_per_layer, encoder_s=encoder_s, prefill_s=prefill_s)
+        report |= dict(decode_tokens_per_s=speed, cache_bytes=cache.bytes, device=str(device), dtype=str(x.dtype)[6:])
+        print(json.dumps(report))
+    else:
+        print(text[len(shown) :])
+        print(
+            f"visual tokens {len(at)} -> {len(x)} ({100 * len(x) / len(at):.0f} %), encoder {encoder_s:.2f} s, "
+            f"prefill {prefill_s:.2f} s, {speed:.1f} tokens/s, cache {cache.bytes / 2**20:.3g} MiB"
+        )
+
+
+def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> DyMU:
+    if a.vtu not in ("all", "off") and not (a.vtu.isdecimal() and int(a.vtu) > 0):
+        raise ValueError(f"--vtu {a.vtu!r} is not all, off or a number from 1")
+    vtu = dict(vtu=a.vtu != "off", queries=int(a.vtu) if a.vtu.isdecimal() else None)
+    if a.tokens == "full":
+        return DyMU(**vtu)
+    if a.method == "tome":
+        if a.tokens not in BUDGETS:
+            raise ValueError("--method tome takes --tokens full, low, mid or high")
+        return DyMU(r=merges(a.tokens, processor.config), **vtu)
+    thresholds, provenance = read_thresholds(a.tokens, folder, processor.config)
+    found_with, ours = provenance.get("preprocessing"), "pad" if processor.pad else "crop"
+    if found_with not in (None, ours):
+        note(f"demo.py: note: these thresholds were found with preprocessing {found_with!r}, the picture gets {ours!r}")
+    return DyMU(thresholds=thresholds, **vtu)
+
+
+def merges(budget: str, config) -> tuple[int, ...]:
+    """The r_i that leave the budget's share of the N tokens at the layer that is read."""
+    return schedule(config.visual_tokens - round(config.visual_tokens * BUDGETS[budget]), config.vision_layers)
+
+
+# ---- calibrating ----
+
+
+def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
+    """Eq. 4 over the pictures of a folder. The file appears whole or not at all."""
+    save, pictures = Path(a.save or folder / "thresholds.json"), Path(a.calibrate)
+    for place in (pictures, save.parent):
+        if not place.is_dir():
+            raise ValueError(f"{place} is not a folder")
+    files = sorted(f for f in pictures.iterdir() if f.suffix.lower() in Image.registered_extensions())
+    llava, unreadable = load_model(folder, device, a.dtype or "float32", only="vision_tower."), {}
+
+    def pixels(what):
+        for i, file in enumerate(files, 1):
+            note(f"\r{what}: {i}/{len(files)} pictures", end="\n" if i == len(files) else "")
+            try:
+                if file not in unreadable:
+                    yield processor.image(file)
+            except ValueError as e:
+                unreadable[file] = e
+
+    found = dict(model=a.model, preprocessing="pad" if processor.pad else "crop", schedule="constant", batch_size=BATCH)
+    found |= dict(date=datetime.date.today().isoformat(), tower=asdict(llava.config.vision_config))
+    for budget in BUDGETS:
+        r = merges(budget, llava.config)
+        thresholds = find_thresholds(llava.vision_tower, pixels(f"{budget}, thresholds"), r, BATCH)
+        with torch.inference_mode():
+            settings = DyMU(thresholds=thresholds)
+            count = [len(llava.vision_tower(p, settings)[0]) for p in pixels(f"{budget}, token counts")]
+        mean, std = statistics.fmean(count), statistics.pstdev(count)
+        found[budget] = dict(images=len(count), tokens_mean=mean, tokens_std=std, r=r, thresholds=thresholds)
+        print(f"{budget}: {mean:.1f} +- {std:.1f} of {llava.config.visual_tokens} tokens")
+    for e in unreadable.values():
+        note(f"demo.py: skipped: {e}")
+    part = save.with_name(save.name + ".part")
+    try:
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+        part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        part.replace(save)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"wrote {save}")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # such as Pillow's of half a decompression bomb: bad input is told in one line
+    main()

@@ -1,0 +1,360 @@
+"""The command line as a user meets it, and one case for each kind of bad input: one line, exit status 2."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_load import edit, picture
+
+import demo
+from dymu import DyMU
+from load import load
+
+REPOSITORY = Path(__file__).parent.parent
+QUESTION = "What is in the picture?"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.jpg"
+    picture("RGB", (90, 60)).save(path)
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs demo.py in this process: -> exit status, standard output, standard error."""
+
+    def run(*argv):
+        status = 0
+        try:
+            demo.main([str(a) for a in argv])
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+# ---- what it does ----
+
+
+def test_it_answers_streams_and_reports(run, saved, photo):
+    status, out, err = run(photo, QUESTION, "--model", saved, "--device", "cpu", "--max-new-tokens", 12)
+    llava, processor = load(saved, "cpu")
+    answer = processor.decode(llava.generate(processor.prompt(QUESTION), processor.image(photo), max_new_tokens=12))
+    report = r"visual tokens 16 -> 16 \(100 %\), encoder \d+\.\d\d s, prefill \d+\.\d\d s, \d+\.\d tokens/s, cache [\d.]+ MiB"
+    assert (status, err) == (0, "")
+    assert out.startswith(answer + "\n")
+    assert re.fullmatch(report, out.removeprefix(answer + "\n").strip())
+
+
+@pytest.mark.parametrize(
+    "options, settings",
+    [
+        ([], DyMU()),
+        (["--tokens", "low", "--method", "tome"], DyMU(r=(5, 4, 4))),
+        (["--tokens", "mid", "--method", "tome", "--vtu", "2"], DyMU(r=(4, 3, 3), queries=2)),
+        (["--tokens", "low"], DyMU(thresholds=(0.5, 0.6, 0.7))),
+        (["--tokens", "low", "--vtu", "off"], DyMU(thresholds=(0.5, 0.6, 0.7), vtu=False)),
+        (["--tokens", "{}/list.json", "--vtu", "all"], DyMU(thresholds=(0.8, 0.9, 1.0))),
+    ],
+)
+def test_json_reports_what_the_options_ask_for(run, folder, photo, options, settings):
+    (folder / "thresholds.json").write_text(json.dumps({"low": {"thresholds": [0.5, 0.6, 0.7]}}))
+    (folder / "list.json").write_text("[0.8, 0.9, 1.0]")
+    options = [o.format(folder) for o in options]
+    status, out, err = run(
+        photo, QUESTION, "--model", folder, "--json", "--max-new-tokens", 6, "--device", "cpu", *options
+    )
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    llava, processor = load(folder, "cpu")
+    pixels, ids = processor.image(photo), processor.prompt(QUESTION)
+    x, token_at = llava.vision_tower(pixels, settings)
+    assert report["visual_tokens"] == len(x) and report["virtual_tokens"] == len(token_at) == 16
+    assert report["answer"] == processor.decode(llava.generate(ids, pixels, settings, max_new_tokens=6))
+    assert len(report["tokens_per_layer"]) == 3 and report["tokens_per_layer"][-1] == len(x)
+    assert report["cache_bytes"] % (3 * 2 * 2 * 16 * 4) == 0
+    assert (report["device"], report["dtype"], report["model"]) == ("cpu", "float32", str(folder))
+    assert min(report[k] for k in ("encoder_s", "prefill_s", "decode_tokens_per_s")) > 0
+
+
+def test_temperature_and_seed(run, saved, photo):
+    base = [photo, QUESTION, "--model", saved, "--json", "--max-new-tokens", 12, "--temperature", 3]
+    answers = [json.loads(run(*base, "--seed", seed)[1])["answer"] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "transparent palette"])
+def test_odd_pictures_are_answered(run, saved, tmp_path, mode):
+    image = picture(mode, (40, 90))
+    path = tmp_path / ("odd.tif" if mode == "CMYK" else "odd.png")
+    image.save(path)
+    status, out, _ = run(path, QUESTION, "--model", saved, "--json", "--max-new-tokens", 2)
+    assert status == 0 and json.loads(out)["visual_tokens"] == 16
+
+
+def test_padding_and_a_note_when_thresholds_were_found_with_crops(run, folder, photo):
+    provenance = {"preprocessing": "crop", "low": {"thresholds": [0.5, 0.6, 0.7]}}
+    (folder / "thresholds.json").write_text(json.dumps(provenance))
+    status, _, err = run(photo, QUESTION, "--model", folder, "--tokens", "low", "--pad", "--max-new-tokens", 2)
+    assert status == 0 and "found with preprocessing 'crop', the picture gets 'pad'" in err
+
+
+def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, side in enumerate((1, 3, 7, 20, 56, 56)):
+        Image.effect_noise((side, side), 90).convert("RGB").resize((60, 60), 0).save(pictures / f"{i}.png")
+    (pictures / "broken.png").write_bytes(b"no picture")
+    (pictures / "notes.txt").write_text("not one either")
+    status, out, err = run("--calibrate", pictures, "--model", folder, "--device", "cpu")
+    assert status == 0 and "low: " in out and "broken.png" in err and "7/7 pictures" in err
+    found = json.loads((folder / "thresholds.json").read_text())
+    assert (found["preprocessing"], found["schedule"], found["model"]) == ("crop", "constant", str(folder))
+    llava, processor = load(folder, "cpu")
+    for budget, left in (("low", 3), ("mid", 6), ("high", 11)):
+        one = found[budget]
+        assert sum(one["r"]) == 16 - left and one["images"] == 6 and len(one["thresholds"]) == 3
+        settings = DyMU(thresholds=tuple(one["thresholds"]))
+        counts = [len(llava.vision_tower(processor.image(f), settings)[0]) for f in sorted(pictures.glob("[0-9].png"))]
+        assert one["tokens_mean"] == sum(counts) / 6
+    assert found["high"]["tokens_mean"] == 11  # one batch: exactly the budget
+    assert run(pictures / "1.png", QUESTION, "--model", folder, "--tokens", "mid", "--max-new-tokens", 2)[0] == 0
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_calibration_that_fails_leaves_nothing(run, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    before = sorted(p.name for p in folder.iterdir())
+    assert_one_line(run("--calibrate", tmp_path / "empty", "--model", folder), "no images")
+    assert_one_line(run("--calibrate", tmp_path / "nowhere", "--model", folder), "not a folder")
+    assert_one_line(
+        run("--calibrate", tmp_path, "--model", folder, "--save", tmp_path / "no" / "t.json"), "not a folder"
+    )
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_help_fits_one_screen(run):
+    status, out, err = run("--help")
+    assert (status, err) == (0, "") and "examples:" in out
+    assert len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 120
+
+
+def test_the_script_by_itself_prints_no_warnings(saved, photo, tmp_path):
+    (tmp_path / "junk.pth").write_bytes(pickle.dumps([1]))  # torch warns of it
+    command = [sys.executable, "demo.py", photo, QUESTION, "--model", saved, "--tokens", tmp_path / "junk.pth"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert_one_line((done.returncode, done.stdout, done.stderr), "plain tensors")
+
+
+# ---- bad input ----
+
+
+def assert_one_line(result, message):
+    status, out, err = result
+    assert status == 2, (status, out, err)
+    assert out == "" and err.startswith("demo.py: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert message in err, err
+
+
+def bad_pictures(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.jpg", quality=95)
+    picture("RGB", (300, 300)).save(tmp_path / "noise.png")
+    content = (tmp_path / "noise.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
+    Image.new("1", (2_000_000, 20)).save(tmp_path / "narrow.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("missing.jpg", "No such file"),
+        (".", "cannot be read"),
+        ("truncated.png", "truncated"),
+        ("text.jpg", "cannot identify"),
+        ("empty.png", "cannot identify"),
+        ("bomb.png", "decompression bomb"),
+        ("narrow.png", "too narrow to crop"),
+    ],
+)
+def test_bad_picture(run, saved, tmp_path, name, message):
+    assert_one_line(run(bad_pictures(tmp_path) / name, QUESTION, "--model", saved), message)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_picture(run, saved, photo):
+    photo.chmod(0)
+    assert_one_line(run(photo, QUESTION, "--model", saved), "Permission denied")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["PHOTO"], "IMAGE and QUESTION are needed"),
+        ([], "IMAGE and QUESTION are needed"),
+        (["PHOTO", ""], "question is empty"),
+        (["PHOTO", "  "], "question is empty"),
+        (["PHOTO", "why " * 700], "positions, the model has 2048"),
+        (["PHOTO", "is <image> here?"], "image placeholder"),
+        (["PHOTO", "Q", "--device", "abacus"], "'abacus'"),
+        pytest.param(
+            ["PHOTO", "Q", "--device", "cuda"],
+            "'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+        (["PHOTO", "Q", "--dtype", "int4"], "'int4'"),
+        (["PHOTO", "Q", "--vtu", "0"], "--vtu '0'"),
+        (["PHOTO", "Q", "--vtu", "some"], "--vtu 'some'"),
+        (["PHOTO", "Q", "--method", "magic"], "magic"),
+        (["PHOTO", "Q", "--frobnicate"], "--frobnicate"),
+        (["PHOTO", "Q", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["PHOTO", "Q", "--max-new-tokens", "many"], "many"),
+        (["PHOTO", "Q", "--temperature", "-1"], "--temperature"),
+        (["PHOTO", "Q", "--threads", "0"], "--threads"),
+        (["PHOTO", "Q", "--tokens", "tiny"], "neither full, low, mid or high nor a file"),
+        (["PHOTO", "Q", "--tokens", "low"], "python demo.py --calibrate IMAGES_FOLDER --model"),
+        (["PHOTO", "Q", "--tokens", "x.json", "--method", "tome"], "--method tome takes"),
+    ],
+)
+def test_bad_arguments(run, saved, photo, argv, message):
+    argv = [str(photo) if a == "PHOTO" else a for a in argv]
+    assert_one_line(run(*argv, "--model", saved), message)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[0.5, 0.5]", "2 thresholds given, the vision tower runs 3 of its 4 layers"),
+        ("[0.5, 0.5, 1.5]", "numbers from -1 to 1"),
+        ("[0.5, 0.5, NaN]", "numbers from -1 to 1"),
+        ('[0.5, 0.5, "0.5"]', "numbers from -1 to 1"),
+        ("[0.5, 0.5, true]", "numbers from -1 to 1"),
+        ('{"low": {"thresholds": 0.5}}', "numbers from -1 to 1"),
+        ('{"a": 1}', "numbers from -1 to 1"),
+        ("[0.5, 0.5,", "not readable as JSON"),
+        ("0.5", "not an object"),
+        ("\0\1\2", "not readable as JSON"),
+    ],
+)
+def test_bad_thresholds(run, saved, photo, tmp_path, content, message):
+    (tmp_path / "t.json").write_text(content)
+    assert_one_line(run(photo, QUESTION, "--model", saved, "--tokens", tmp_path / "t.json"), message)
+
+
+def test_bad_thresholds_in_a_pth(run, saved, photo, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code was run",))
+
+    torch.save({"a.0.threshold": Evil()}, tmp_path / "evil.pth")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "none.pth")
+    (tmp_path / "junk.pth").write_bytes(pickle.dumps([1])[:5])
+    for name, message in (("evil", "plain tensors"), ("none", "0 thresholds given"), ("junk", "plain tensors")):
+        assert_one_line(run(photo, QUESTION, "--model", saved, "--tokens", tmp_path / f"{name}.pth"), message)
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def index(shard):
+    def break_it(folder):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        shards = {"a": "model-00001-of-00002.safetensors", "b": shard}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+    return break_it
+
+
+def weights(change):
+    def break_it(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return break_it
+
+
+def config(**changes):
+    return lambda folder: edit(folder / "config.json", **changes)
+
+
+NORM = "language_model.model.norm.weight"
+BROKEN = {
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not readable as JSON"),
+    "model_type": (config(model_type="blip"), "model_type 'blip' is not implemented, only 'llava'"),
+    "vision model_type": (config(vision_config__model_type="vit_mae"), "'vit_mae' is not implemented"),
+    "text model_type": (config(text_config__model_type="mamba"), "'mamba' is not implemented, only 'llama'"),
+    "rope_type": (config(text_config__rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn'"),
+    "old rope_scaling": (
+        config(text_config__rope_scaling={"type": "linear"}, text_config__rope_parameters=None),
+        "'linear'",
+    ),
+    "activation": (config(vision_config__hidden_act="mish"), "hidden_act 'mish' is not implemented"),
+    "text activation": (config(text_config__hidden_act="relu6"), "text hidden_act 'relu6'"),
+    "projector activation": (config(projector_hidden_act="tanh"), "projector_hidden_act 'tanh'"),
+    "layer": (config(vision_feature_layer=-9), "vision_feature_layer -9"),
+    "layers": (config(vision_feature_layer=[-2, -5]), "vision_feature_layer [-2, -5]"),
+    "strategy": (config(vision_feature_select_strategy="cls"), "'cls'"),
+    "pickle only": (only_pickle, "pytorch_model.bin is a pickle"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "truncated safetensors": (truncated, "not a whole safetensors file"),
+    "empty safetensors": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
+    "missing shard": (index("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors is missing"),
+    "shard elsewhere": (index("../elsewhere.safetensors"), "'../elsewhere.safetensors' points outside the folder"),
+    "missing tensor": (weights(lambda t: t.pop(NORM)), "tensor language_model.norm.weight is missing"),
+    "extra tensor": (weights(lambda t: t.update(odd=torch.ones(1))), "tensor odd has no place"),
+    "tensor twice": (weights(lambda t: t.update({f"model.{NORM}": t[NORM] + 1})), "is there twice"),
+    "misshapen tensor": (weights(lambda t: t.update({NORM: torch.ones(65)})), "is [65], config.json says [64]"),
+    "quantised tensor": (weights(lambda t: t.update({NORM: torch.ones(64).to(torch.int8)})), "is I8; quantised"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
+    "no image token": (config(image_token_index=12), "the id of <image> is 259, config.json says 12"),
+    "chat template": (lambda f: (f / "chat_template.jinja").write_text("### {{ m }}"), "chat template not recognised"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_checkpoint(run, folder, photo, case):
+    break_it, message = BROKEN[case]
+    break_it(folder)
+    assert_one_line(run(photo, QUESTION, "--model", folder), message)
+
+
+@pytest.mark.parametrize(
+    "model, message", [("no/such-model", "not to be had from the Hub"), ("./nowhere", "neither a folder")]
+)
+def test_unknown_model_without_a_network(run, photo, tmp_path, monkeypatch, model, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_one_line(run(photo, QUESTION, "--model", model), message)
