@@ -1,6 +1,7 @@
 """Asks a LLaVA checkpoint about a picture, with as many visual tokens as a budget allows; or finds thresholds."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import show
 from dymu import DyMU, find_thresholds, schedule
 from load import BUDGETS, Processor, choose_device, find, load_model, one_line, read_thresholds
 
@@ -22,6 +24,7 @@ EXAMPLES = """examples:
   python demo.py photo.jpg "What is on the table?" --tokens low --vtu off    the same without virtual unmerging
   python demo.py --calibrate photos/ --model my-llava                   finds low, mid and high for another model
 """
+SAMPLE = str(Path(__file__).parent / "tiny" / "sample.png"), "QUESTION"  # what the demo without arguments asks
 BATCH = 64  # images that share one ranking of edges in Eq. 4
 
 
@@ -49,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("image", nargs="?", metavar="IMAGE", help=argparse.SUPPRESS)
     p.add_argument("question", nargs="?", metavar="QUESTION", help=argparse.SUPPRESS)
     p.add_argument("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help="Hub id or folder (%(default)s)")
-    p.add_argument("--tokens", default="full", metavar="T", help="full (default), low, mid, high or a file")
+    p.add_argument("--tokens", default="full", metavar="T", help="full (default), low, mid, high, all four, or a file")
     p.add_argument("--vtu", default="all", metavar="Q", help="queries per token: all (default), 1, 2, ...; off: no VTU")
     p.add_argument("--method", default="dtome", choices=("dtome", "tome"), help="merge by threshold, or a fixed number")
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (%(default)s)")
@@ -58,6 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--device", metavar="D", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: by checkpoint and device)")
     p.add_argument("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
+    p.add_argument("--show", metavar="FILE", help="save a picture (PNG) of which patches were merged")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     p.add_argument("--calibrate", metavar="FOLDER", help="find thresholds for low, mid and high on its pictures")
@@ -68,10 +72,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     a = parse(argv)
     try:
+        if argv == [] or (argv is None and len(sys.argv) == 1):
+            a = parse([*SAMPLE, "--model", "tiny", "--tokens", "all", "--show", "merged.png"])
         if a.calibrate is None and a.question is None:
             raise ValueError("IMAGE and QUESTION are needed, or --calibrate FOLDER; --help shows examples")
         if a.max_new_tokens < 1 or a.temperature < 0 or (a.threads is not None and a.threads < 1):
             raise ValueError("--max-new-tokens and --threads must be at least 1, --temperature at least 0")
+        for file in (a.show, a.save):
+            if file and not Path(file).absolute().parent.is_dir():
+                raise ValueError(f"{Path(file).parent} is not a folder")
         if a.threads is not None:
             torch.set_num_threads(a.threads)
         device = choose_device(a.device)
@@ -90,15 +99,50 @@ def main(argv: list[str] | None = None) -> None:
 def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
     settings = read_settings(a, folder, processor)
     pixels, ids = processor.image(a.image), processor.prompt(a.question)  # so that bad input is told before a long load
-    llava = load_model(folder, device, a.dtype)
+    processor.config.check_length(len(ids) - 1 + processor.config.visual_tokens)
+    llava, panels = load_model(folder, device, a.dtype), []
+    if len(settings) > 1:  # times that are to be compared: first let every shape be met once
+        for one in settings.values():
+            ask(llava, processor, pixels, ids, one, argparse.Namespace(**vars(a) | {"max_new_tokens": 2}))
+        if not a.json:
+            print(f"{a.image}: {a.question}")
+    for name, one in settings.items():
+        stream = (lambda text: print(text, end="", flush=True)) if len(settings) == 1 and not a.json else None
+        report, token_at = ask(llava, processor, pixels, ids, one, a, stream)
+        if name != "full" or len(settings) == 1:  # else the input itself shows it
+            panels.append((name, token_at, report["answer"]))
+        r = argparse.Namespace(**report)
+        if a.json:
+            print(json.dumps(report))
+        elif len(settings) > 1:
+            times = f"encoder {1000 * r.encoder_s:4.0f} ms, prefill {1000 * r.prefill_s:4.0f} ms"
+            print(f"{name:>6} {r.visual_tokens:4} of {r.virtual_tokens} tokens, {times}: {r.answer.strip()}")
+        else:
+            print(
+                f"\nvisual tokens {r.virtual_tokens} -> {r.visual_tokens} "
+                f"({100 * r.visual_tokens / r.virtual_tokens:.0f} %), encoder {r.encoder_s:.2f} s, "
+                f"prefill {r.prefill_s:.2f} s, {r.decode_tokens_per_s:.1f} tokens/s, "
+                f"cache {r.cache_bytes / 2**20:.3g} MiB"
+            )
+    if a.show:
+        picture = show.draw(processor.view(a.image), panels, a.question)
+        with whole(Path(a.show)) as part:
+            picture.save(part, format="PNG")
+        note(f"wrote {a.show}")
+
+
+def ask(llava, processor: Processor, pixels, ids, settings: DyMU, a: argparse.Namespace, stream=None):
+    """-> the report that --json prints, token_at (N,). stream is called with each new piece of the answer."""
     tokens_per_layer, dropped = [], int(llava.vision_tower.drop_class_token)
-    for layer in llava.vision_tower.layers:
+    count = [
         layer.mlp.register_forward_hook(lambda mlp, args, out: tokens_per_layer.append(len(out) - dropped))
+        for layer in llava.vision_tower.layers
+    ]
     new, shown = [], ""
     with torch.inference_mode():
         start = time.perf_counter()
         x, at = visual = llava.encode(pixels, settings)
-        if device.type != "cpu":
+        if x.device.type != "cpu":
             torch.accelerator.synchronize()
         encoded = time.perf_counter()
         rows, token_at = llava.splice(ids, visual, settings.vtu)
@@ -109,39 +153,40 @@ def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: to
                 prefilled = time.perf_counter()
             new.append(token)
             text = processor.decode(new)
-            if not a.json and not text.endswith("\ufffd"):  # else a character of which some bytes are still to come
-                print(text[len(shown) :], end="", flush=True)
+            if stream and not text.endswith("\ufffd"):  # else a character of which some bytes are still to come
+                stream(text[len(shown) :])
                 shown = text
         end = time.perf_counter()
-    encoder_s, prefill_s, speed = encoded - start, prefilled - encoded, (len(new) - 1) / (end - prefilled)
-    if a.json:
-        report = dict(answer=text, model=a.model, visual_tokens=len(x), virtual_tokens=len(at))
-        report |= dict(tokens_per_layer=tokens_per_layer, encoder_s=encoder_s, prefill_s=prefill_s)
-        report |= dict(decode_tokens_per_s=speed, cache_bytes=cache.bytes, device=str(device), dtype=str(x.dtype)[6:])
-        print(json.dumps(report))
-    else:
-        print(text[len(shown) :])
-        print(
-            f"visual tokens {len(at)} -> {len(x)} ({100 * len(x) / len(at):.0f} %), encoder {encoder_s:.2f} s, "
-            f"prefill {prefill_s:.2f} s, {speed:.1f} tokens/s, cache {cache.bytes / 2**20:.3g} MiB"
-        )
+    if stream:
+        stream(text[len(shown) :])
+    for hook in count:
+        hook.remove()
+    report = dict(answer=text, model=a.model, visual_tokens=len(x), virtual_tokens=len(at))
+    report |= dict(tokens_per_layer=tokens_per_layer, encoder_s=encoded - start, prefill_s=prefilled - encoded)
+    report |= dict(decode_tokens_per_s=(len(new) - 1) / (end - prefilled), cache_bytes=cache.bytes)
+    return report | dict(device=str(x.device), dtype=str(x.dtype)[6:]), at
 
 
-def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> DyMU:
+def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> dict[str, DyMU]:
+    """What --tokens, --method and --vtu ask for, by the name of the budget; with --tokens all, of all four."""
     if a.vtu not in ("all", "off") and not (a.vtu.isdecimal() and int(a.vtu) > 0):
         raise ValueError(f"--vtu {a.vtu!r} is not all, off or a number from 1")
     vtu = dict(vtu=a.vtu != "off", queries=int(a.vtu) if a.vtu.isdecimal() else None)
-    if a.tokens == "full":
-        return DyMU(**vtu)
-    if a.method == "tome":
-        if a.tokens not in BUDGETS:
-            raise ValueError("--method tome takes --tokens full, low, mid or high")
-        return DyMU(r=merges(a.tokens, processor.config), **vtu)
-    thresholds, provenance = read_thresholds(a.tokens, folder, processor.config)
-    found_with, ours = provenance.get("preprocessing"), "pad" if processor.pad else "crop"
-    if found_with not in (None, ours):
-        note(f"demo.py: note: these thresholds were found with preprocessing {found_with!r}, the picture gets {ours!r}")
-    return DyMU(thresholds=thresholds, **vtu)
+    settings = {}
+    for name in ("full", "high", "mid", "low") if a.tokens == "all" else (a.tokens,):
+        if name == "full":
+            settings[name] = DyMU(**vtu)
+        elif a.method == "tome":
+            if name not in BUDGETS:
+                raise ValueError("--method tome takes --tokens full, low, mid, high or all")
+            settings[name] = DyMU(r=merges(name, processor.config), **vtu)
+        else:
+            thresholds, provenance = read_thresholds(name, folder, processor.config)
+            found_with, ours = provenance.get("preprocessing"), "pad" if processor.pad else "crop"
+            if found_with not in (None, ours):
+                note(f"demo.py: note: these thresholds were found with preprocessing {found_with!r}, not {ours!r}")
+            settings[name] = DyMU(thresholds=thresholds, **vtu)
+    return settings
 
 
 def merges(budget: str, config) -> tuple[int, ...]:
@@ -155,15 +200,15 @@ def merges(budget: str, config) -> tuple[int, ...]:
 def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
     """Eq. 4 over the pictures of a folder. The file appears whole or not at all."""
     save, pictures = Path(a.save or folder / "thresholds.json"), Path(a.calibrate)
-    for place in (pictures, save.parent):
-        if not place.is_dir():
-            raise ValueError(f"{place} is not a folder")
+    if not pictures.is_dir():
+        raise ValueError(f"{pictures} is not a folder")
     files = sorted(f for f in pictures.iterdir() if f.suffix.lower() in Image.registered_extensions())
     llava, unreadable = load_model(folder, device, a.dtype or "float32", only="vision_tower."), {}
 
     def pixels(what):
         for i, file in enumerate(files, 1):
-            note(f"\r{what}: {i}/{len(files)} pictures", end="\n" if i == len(files) else "")
+            bar = "#" * (24 * i // len(files))
+            note(f"\r{what:<16} [{bar:<24}] {i}/{len(files)} pictures", end="\n" if i == len(files) else "")
             try:
                 if file not in unreadable:
                     yield processor.image(file)
@@ -174,23 +219,30 @@ def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device:
     found |= dict(date=datetime.date.today().isoformat(), tower=asdict(llava.config.vision_config))
     for budget in BUDGETS:
         r = merges(budget, llava.config)
-        thresholds = find_thresholds(llava.vision_tower, pixels(f"{budget}, thresholds"), r, BATCH)
+        thresholds = find_thresholds(llava.vision_tower, pixels(f"{budget}, ranking"), r, BATCH)
         with torch.inference_mode():
             settings = DyMU(thresholds=thresholds)
-            count = [len(llava.vision_tower(p, settings)[0]) for p in pixels(f"{budget}, token counts")]
+            count = [len(llava.vision_tower(p, settings)[0]) for p in pixels(f"{budget}, counting")]
         mean, std = statistics.fmean(count), statistics.pstdev(count)
         found[budget] = dict(images=len(count), tokens_mean=mean, tokens_std=std, r=r, thresholds=thresholds)
         print(f"{budget}: {mean:.1f} +- {std:.1f} of {llava.config.visual_tokens} tokens")
     for e in unreadable.values():
         note(f"demo.py: skipped: {e}")
-    part = save.with_name(save.name + ".part")
-    try:
-        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+    with whole(save) as part:
         part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        part.replace(save)
+    print(f"wrote {save}")
+
+
+@contextlib.contextmanager
+def whole(file: Path):
+    """A path to write to, which becomes the file once all is written; on an error nothing is left."""
+    part = file.with_name(file.name + ".part")
+    try:
+        yield part
+        part.replace(file)
     finally:
         part.unlink(missing_ok=True)
-    print(f"wrote {save}")
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ BUDGETS = {"low": 93 / 576, "mid": 208 / 576, "high": 392 / 576}  # share of the
 
 
 def find(path_or_repo_id, announce=None) -> Path:
-    """The folder of a checkpoint. A Hub id is downloaded where needed, after announce(bytes, cache folder)."""
+    """The folder of a checkpoint; "tiny" is the built-in one. A Hub id is downloaded, after announce(bytes, cache)."""
     name = str(path_or_repo_id)
-    folder = Path(name).expanduser()
+    folder = Path(__file__).with_name("tiny") if name == "tiny" else Path(name).expanduser()
     if folder.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         if not (folder / "config.json").is_file():
             what = "has no config.json" if folder.is_dir() else "is neither a folder nor a Hub id (owner/name)"
@@ -88,8 +88,11 @@ def read_config(folder: Path) -> LlavaConfig:
             raise ValueError(f"{file}: {what} {found!r} is not implemented, only {', '.join(map(repr, known))}")
 
     def fill(kind, values):
-        names = {f.name for f in dataclasses.fields(kind)}
-        return kind(**{k: v for k, v in values.items() if k in names and v is not None})
+        given = {f.name: values[f.name] for f in dataclasses.fields(kind) if values.get(f.name) is not None}
+        for name, value in given.items():
+            if type(value) is int and value < 1 and name not in ("vision_feature_layer", "image_token_index"):
+                raise ValueError(f"{file}: {name} is {value}")
+        return kind(**given)
 
     # With no vision_config at all it is CLIP ViT-L/14-336; what a vision_config omits is CLIPVisionConfig's default.
     large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
@@ -124,7 +127,10 @@ def read_config(folder: Path) -> LlavaConfig:
 
 def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    shards = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index}: weight_map is missing or malformed")
+    names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index}: shard {name!r} points outside the folder")
@@ -183,12 +189,15 @@ def load_model(folder: Path, device=None, dtype=None, only: str = "") -> Llava:
 
 
 def choose_device(device=None) -> torch.device:
+    """The one asked for, else the first there is of cuda, mps and cpu."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(1, device=device).device
+        if torch.device(device).type in ("cuda", "mps", "cpu"):
+            return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"device {str(device)!r} cannot be used: {one_line(e).split('. ')[0]}") from e
+    raise ValueError(f"device {str(device)!r} is not cuda, mps or cpu")
 
 
 def choose_dtype(dtype, device: torch.device, half: bool) -> torch.dtype:
@@ -209,13 +218,18 @@ def choose_dtype(dtype, device: torch.device, half: bool) -> torch.dtype:
 # ---- pictures and prompts ----
 
 
-def open_picture(path) -> Image.Image:
+def read_picture(picture) -> Image.Image:
+    """A PIL image or the path of one -> upright, RGB. Transparency is laid on white, as transformers does."""
     try:
-        picture = Image.open(path)
-        picture.load()
-        return picture
+        if not isinstance(picture, Image.Image):
+            picture = Image.open(picture)
+        picture = ImageOps.exif_transpose(picture)
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
     except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on broken files
-        raise ValueError(f"picture {str(path)!r} cannot be read: {one_line(e)}") from e
+        raise ValueError(f"picture {str(picture)!r} cannot be read: {one_line(e)}") from e
 
 
 class Processor:
@@ -245,12 +259,8 @@ class Processor:
         self.template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
 
     def view(self, picture) -> Image.Image:
-        """A PIL image or the path of one -> what the model sees of it, as RGB. Transparency is laid on white."""
-        picture = ImageOps.exif_transpose(picture if isinstance(picture, Image.Image) else open_picture(picture))
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture, p = picture.convert("RGB"), self.pictures
+        """A PIL image or the path of one -> what the model sees of it, RGB."""
+        picture, p = read_picture(picture), self.pictures
         if self.pad:
             (w, h), side = picture.size, max(picture.size)
             square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in p["image_mean"]))

@@ -90,6 +90,12 @@ class LlavaConfig:
             if values is not None and len(values) not in (runs, whole):
                 raise ValueError(f"{len(values)} {name} given, the vision tower runs {runs} of its {whole} layers")
 
+    def check_length(self, positions: int) -> None:
+        """Raises ValueError for a prompt of more virtual positions than the decoder was made for."""
+        if positions > self.text_config.max_position_embeddings:
+            limit = self.text_config.max_position_embeddings
+            raise ValueError(f"the prompt takes {positions} positions, the model has {limit}")
+
 
 # ---- CLIP ViT ----
 
@@ -343,8 +349,7 @@ class Llava(nn.Module):
         token_at = torch.arange(len(rows), device=rows.device)
         if visual is not None and vtu:
             token_at = torch.cat((token_at[:start], start + at, token_at[start + len(x) :]))
-        if len(token_at) > c.max_position_embeddings:
-            raise ValueError(f"the prompt takes {len(token_at)} positions, the model has {c.max_position_embeddings}")
+        self.config.check_length(len(token_at))
         return rows, token_at
 
     def head(self, x: Tensor) -> Tensor:
@@ -367,7 +372,8 @@ class Llava(nn.Module):
 
     def new_cache(self, capacity: int) -> KVCache:
         """capacity: rows, of the prompt and of what will be generated"""
-        return KVCache(self.config.text_config, capacity, like=self.language_model.embed_tokens.weight)
+        c = self.config.text_config
+        return KVCache(c, min(capacity, c.max_position_embeddings), like=self.language_model.embed_tokens.weight)
 
     @torch.no_grad()
     def decode(self, rows, token_at, cache, queries=None, max_new_tokens=128, eos=None, temperature=0.0, seed=None):

@@ -1,7 +1,6 @@
 """The command line as a user meets it, and one case for each kind of bad input: one line, exit status 2."""
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -63,7 +62,7 @@ def test_it_answers_streams_and_reports(run, saved, photo):
     status, out, err = run(photo, QUESTION, "--model", saved, "--device", "cpu", "--max-new-tokens", 12)
     llava, processor = load(saved, "cpu")
     answer = processor.decode(llava.generate(processor.prompt(QUESTION), processor.image(photo), max_new_tokens=12))
-    report = r"visual tokens 16 -> 16 \(100 %\), encoder \d+\.\d\d s, prefill \d+\.\d\d s, \d+\.\d tokens/s, cache [\d.]+ MiB"
+    report = r"visual tokens 16 -> 16 \(100 %\), encoder \S+ s, prefill \S+ s, \S+ tokens/s, cache \S+ MiB"
     assert (status, err) == (0, "")
     assert out.startswith(answer + "\n")
     assert re.fullmatch(report, out.removeprefix(answer + "\n").strip())
@@ -119,7 +118,22 @@ def test_padding_and_a_note_when_thresholds_were_found_with_crops(run, folder, p
     provenance = {"preprocessing": "crop", "low": {"thresholds": [0.5, 0.6, 0.7]}}
     (folder / "thresholds.json").write_text(json.dumps(provenance))
     status, _, err = run(photo, QUESTION, "--model", folder, "--tokens", "low", "--pad", "--max-new-tokens", 2)
-    assert status == 0 and "found with preprocessing 'crop', the picture gets 'pad'" in err
+    assert status == 0 and "found with preprocessing 'crop', not 'pad'" in err
+
+
+def test_all_budgets_in_a_table_and_a_picture(run, folder, photo, tmp_path):
+    budgets = {name: {"thresholds": [tau] * 3} for name, tau in (("low", 0.3), ("mid", 0.6), ("high", 0.9))}
+    (folder / "thresholds.json").write_text(json.dumps(budgets))
+    argv = [photo, QUESTION, "--model", folder, "--tokens", "all", "--max-new-tokens", 4, "--show", tmp_path / "m.png"]
+    status, out, err = run(*argv)
+    rows = re.findall(r"^ *(\w+) +(\d+) of 16 tokens, encoder +\d+ ms, prefill +\d+ ms: ", out, re.M)
+    assert status == 0 and [name for name, _ in rows] == ["full", "high", "mid", "low"]
+    counts = [int(n) for _, n in rows]
+    assert counts[0] == 16 and counts == sorted(counts, reverse=True) and "wrote" in err
+    assert Image.open(tmp_path / "m.png").width == 1200
+    reports = [json.loads(line) for line in run(*argv, "--json")[1].splitlines()]
+    assert [r["visual_tokens"] for r in reports] == counts
+    assert_one_line(run(*argv[:-1], tmp_path / "nowhere" / "m.png"), "not a folder")
 
 
 def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
@@ -207,9 +221,11 @@ def test_bad_picture(run, saved, tmp_path, name, message):
     assert_one_line(run(bad_pictures(tmp_path) / name, QUESTION, "--model", saved), message)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_picture(run, saved, photo):
-    photo.chmod(0)
+def test_unreadable_picture(run, saved, photo, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", denied)  # a mode of 000 does not stop root
     assert_one_line(run(photo, QUESTION, "--model", saved), "Permission denied")
 
 
@@ -223,6 +239,7 @@ def test_unreadable_picture(run, saved, photo):
         (["PHOTO", "why " * 700], "positions, the model has 2048"),
         (["PHOTO", "is <image> here?"], "image placeholder"),
         (["PHOTO", "Q", "--device", "abacus"], "'abacus'"),
+        (["PHOTO", "Q", "--device", "meta"], "'meta' is not cuda, mps or cpu"),
         pytest.param(
             ["PHOTO", "Q", "--device", "cuda"],
             "'cuda'",
@@ -267,6 +284,7 @@ def test_bad_thresholds(run, saved, photo, tmp_path, content, message):
     assert_one_line(run(photo, QUESTION, "--model", saved, "--tokens", tmp_path / "t.json"), message)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle")
 def test_bad_thresholds_in_a_pth(run, saved, photo, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -325,6 +343,7 @@ BROKEN = {
     "activation": (config(vision_config__hidden_act="mish"), "hidden_act 'mish' is not implemented"),
     "text activation": (config(text_config__hidden_act="relu6"), "text hidden_act 'relu6'"),
     "projector activation": (config(projector_hidden_act="tanh"), "projector_hidden_act 'tanh'"),
+    "number": (config(text_config__hidden_size=0), "hidden_size is 0"),
     "layer": (config(vision_feature_layer=-9), "vision_feature_layer -9"),
     "layers": (config(vision_feature_layer=[-2, -5]), "vision_feature_layer [-2, -5]"),
     "strategy": (config(vision_feature_select_strategy="cls"), "'cls'"),
@@ -334,6 +353,7 @@ BROKEN = {
     "empty safetensors": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
     "missing shard": (index("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors is missing"),
     "shard elsewhere": (index("../elsewhere.safetensors"), "'../elsewhere.safetensors' points outside the folder"),
+    "index": (index(["a list"]), "weight_map is missing or malformed"),
     "missing tensor": (weights(lambda t: t.pop(NORM)), "tensor language_model.norm.weight is missing"),
     "extra tensor": (weights(lambda t: t.update(odd=torch.ones(1))), "tensor odd has no place"),
     "tensor twice": (weights(lambda t: t.update({f"model.{NORM}": t[NORM] + 1})), "is there twice"),
