@@ -111,6 +111,7 @@ def read_config(folder: Path) -> LlavaConfig:
         image_token_index=c.get("image_token_index", c.get("image_token_id")),  # two names for one thing
         tie_word_embeddings=bool(c.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,),
+        dtype=c.get("dtype") or c.get("torch_dtype"),
     )
     config = fill(LlavaConfig, c | joined)
     supported("vision hidden_act", config.vision_config.hidden_act, *ACTIVATIONS)
@@ -178,7 +179,8 @@ def load_model(folder: Path, device=None, dtype=None, only: str = "") -> Llava:
                 source[name] = file, key, kind
     if missing := sorted(wanted.keys() - source.keys()):
         raise ValueError(f"{folder}: tensor {missing[0]} is missing, one of {len(missing)}")
-    dtype = choose_dtype(dtype, device, half=all(kind in ("F16", "BF16") for _, _, kind in source.values()))
+    stored = "float16" if all(kind in ("F16", "BF16") for _, _, kind in source.values()) else "float32"
+    dtype = choose_dtype(dtype, device, half=(config.dtype or stored) in ("float16", "bfloat16"))
     tensors = {}
     for file in dict.fromkeys(file for file, _, _ in source.values()):
         with open_shard(file) as shard:

@@ -70,6 +70,7 @@ class LlavaConfig:
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False
     eos_token_id: tuple[int, ...] = (2,)
+    dtype: str | None = None  # what the checkpoint wants to run in; None: what its tensors are stored in
 
     @property
     def vision_layers(self) -> int:

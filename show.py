@@ -25,25 +25,25 @@ def draw(picture: Image.Image, panels: list[tuple[str, Tensor, str]], question: 
     too small, as four panels of 24 x 24 would be, in two.
     """
     grids = [grid(token_at) for _, token_at, _ in panels]
-    g, columns = len(grids[0]), len(panels)
-    if patch_size(columns, g) < 10:
-        columns = math.ceil(columns / 2)
-    cell = patch_size(columns, g)  # a whole number of pixels, so that lines are sharp and even
-    side, full = cell * g, WIDTH - 2 * MARGIN
-    step = (full - side) / columns  # from one picture to the next
+    g, width = len(grids[0]), WIDTH - 2 * MARGIN
+    for columns in (len(panels), math.ceil(len(panels) / 2)):  # beside the input
+        cell = (width - columns * GAP) // (columns + 1) // g  # pixels per patch, whole: so lines are sharp and even
+        if cell >= 10:
+            break
+    side = cell * g
+    step = (width - side) / columns  # from one picture to the next
     picture = picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
 
     counts = [int(at.max()) + 1 for at in grids]
-    headings = [f"{title}: {n} of {g * g} tokens" for (title, _, _), n in zip(panels, counts)]
-    above = Texts([question], (30, 26, 22, 18), full, most=2)
-    headings = Texts([f"input: {g} x {g} patches", *headings], (20, 18, 16), side, most=1)
-    answers = Texts(
-        [LEGEND, *(answer.strip() or "(no answer)" for *_, answer in panels)], (17, 16, 15, 14), side, most=6
-    )
+    titles = [f"{title}: {n} of {g * g} tokens" for (title, _, _), n in zip(panels, counts)]
+    answers = [answer.strip() or "(no answer)" for _, _, answer in panels]
+    above = Texts([question], (30, 26, 22, 18), width, most=2)
+    headings = Texts([f"input: {g} x {g} patches", *titles], (20, 18, 16), side, most=1)
+    captions = Texts([LEGEND, *answers], (17, 16, 15, 14), side, most=6)
     places = [(0, 0)] + [(1 + i % columns, i // columns) for i in range(len(panels))]  # column, row
     tops = [MARGIN + above.height(0) + 20]
     for row in range(1 + places[-1][1]):
-        texts = max(headings.height(i) + answers.height(i) for i, place in enumerate(places) if place[1] == row)
+        texts = max(headings.height(i) + captions.height(i) for i, place in enumerate(places) if place[1] == row)
         tops.append(tops[-1] + side + 20 + texts + MARGIN)
 
     canvas = Image.new("RGB", (WIDTH, tops[-1]), "white")
@@ -58,13 +58,8 @@ def draw(picture: Image.Image, panels: list[tuple[str, Tensor, str]], question: 
             pen.rectangle((x, y, x + side - 1, y + 3), fill=TRACK)
             pen.rectangle((x, y, x + math.ceil(side * counts[i - 1] / g**2) - 1, y + 3), fill=ACCENT)
         headings.draw(pen, i, x, y + 9, INK)
-        answers.draw(pen, i, x, y + 11 + headings.height(i), SOFT)
+        captions.draw(pen, i, x, y + 11 + headings.height(i), SOFT)
     return canvas
-
-
-def patch_size(columns: int, g: int) -> int:
-    """Pixels per patch where the input and `columns` panels stand side by side."""
-    return ((WIDTH - 2 * MARGIN - columns * GAP) // (columns + 1)) // g
 
 
 def grid(token_at: Tensor) -> Tensor:
@@ -118,11 +113,10 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
     Pillow's own font has ASCII and little more: accents are dropped, and a character it does not have becomes a box.
     """
-    text = unicodedata.normalize("NFKD", " ".join(text.translate(SPELLED).split()))
+    text = unicodedata.normalize("NFKD", text.translate(SPELLED))
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] not in "CM")  # no controls, no marks
     lines, line = [], ""
-    for char in text:
-        if unicodedata.category(char)[0] in "CM":  # control characters, joiners, marks that combine
-            continue
+    for char in " ".join(text.split()):
         while line and font.getlength((line + char).rstrip()) > width:
             before, space, last = line.rpartition(" ")
             lines.append(before if space else line)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import IMAGE, LLAVA_15_TEMPLATE, make
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -214,11 +215,15 @@ def test_dtype_is_chosen_by_checkpoint_and_device(monkeypatch):
         choose_dtype("int8", cpu, half=False)
 
 
-def test_a_half_precision_checkpoint_answers(folder):
-    from safetensors.torch import load_file, save_file
-
+def test_a_half_precision_checkpoint_answers(folder, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     weights = {k: t.bfloat16() for k, t in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors")
+    assert load_model(folder, "cpu").lm_head.weight.dtype == torch.float32  # as config.json says
+    edit(folder / "config.json", dtype=None)
+    assert load_model(folder, "cpu").lm_head.weight.dtype == torch.bfloat16
+    edit(folder / "config.json", torch_dtype="float16")
+    assert load_model(folder, "cpu").lm_head.weight.dtype == torch.bfloat16
     exact, processor = load(folder, "cpu", torch.float32)
     rounded, _ = load(folder, "cpu", torch.bfloat16)
     ids, pixels = processor.prompt("What is it?"), processor.image(picture("RGB", (70, 60)))
