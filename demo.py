@@ -1,5 +1,10 @@
 """Asks a LLaVA checkpoint about a picture, with as many visual tokens as a budget allows; or finds thresholds."""
 
+import warnings
+
+if __name__ == "__main__":  # torch warns where NumPy is not installed, Pillow of large pictures; neither is needed here
+    warnings.simplefilter("ignore")
+
 import argparse
 import contextlib
 import datetime
@@ -7,7 +12,6 @@ import json
 import statistics
 import sys
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -246,5 +250,4 @@ def whole(file: Path):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # such as Pillow's of half a decompression bomb: bad input is told in one line
     main()
