@@ -139,7 +139,7 @@ def ask(llava, processor: Processor, pixels, ids, settings: DyMU, a: argparse.Na
     """-> the report that --json prints, token_at (N,). stream is called with each new piece of the answer."""
     tokens_per_layer, dropped = [], int(llava.vision_tower.drop_class_token)
     count = [
-        layer.mlp.register_forward_hook(lambda mlp, args, out: tokens_per_layer.append(len(out) - dropped))
+        layer.fc2.register_forward_hook(lambda fc2, args, out: tokens_per_layer.append(len(out) - dropped))
         for layer in llava.vision_tower.layers
     ]
     new, shown = [], ""

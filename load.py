@@ -28,6 +28,7 @@ KEYS = (  # checkpoints of different ages name one tensor differently; every key
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^vision_tower\.vision_model\.", "vision_tower."),
     (r"^vision_tower\.(embeddings|encoder)\.", "vision_tower."),
+    (r"\.(self_attn|mlp)\.", "."),
 )
 IGNORED = r"inv_freq$|position_ids$|^vision_tower\.post_layernorm\."  # in checkpoints, but nothing that runs needs them
 PROMPTS = (  # a chat format: its mark in the checkpoint's Jinja template, a prompt with a picture, one without

@@ -1,4 +1,4 @@
-"""CLIP ViT, projector, Llama decoder, and the LLaVA that joins them. Module names are those of Hugging Face's
+"""CLIP ViT, projector, Llama decoder, and the LLaVA that joins them. Layers bear their names in Hugging Face's
 checkpoints, shapes are without a batch axis, and DyMU changes a standard block in the two places marked "differs".
 """
 
@@ -101,51 +101,29 @@ class LlavaConfig:
 # ---- CLIP ViT ----
 
 
-class VisionAttention(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.heads = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4)
-        )
-
-    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (N_i, D), bias (N_i,) per key -> output (N_i, D), keys averaged over heads (N_i, D / heads)"""
-        q, k, v = (rearrange(p(x), "n (h d) -> h n d", h=self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        mask = None if bias is None else bias.to(q.dtype).expand(1, len(x), len(x))
-        x = self.out_proj(rearrange(attention(q, k, v, mask), "h n d -> n (h d)"))
-        return x, at_least_float32(k).mean(dim=0)
-
-
-class VisionMLP(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
-        self.act = ACTIVATIONS[c.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class VisionLayer(nn.Module):
-    """A pre-norm block in two halves: DToMe merges between them."""
+    """A pre-norm transformer block in two halves: DToMe merges between them."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.self_attn = VisionAttention(c)
-        self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.mlp = VisionMLP(c)
+        D, self.heads, self.act = c.hidden_size, c.num_attention_heads, ACTIVATIONS[c.hidden_act]
+        self.layer_norm1 = nn.LayerNorm(D, eps=c.layer_norm_eps)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+        self.layer_norm2 = nn.LayerNorm(D, eps=c.layer_norm_eps)
+        self.fc1, self.fc2 = nn.Linear(D, c.intermediate_size), nn.Linear(c.intermediate_size, D)
 
     def attend(self, x: Tensor, size: Tensor, token_at: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N_i, D) -> x (N_i, D), keys (N_i, D / heads). Until something has merged this is plain attention."""
-        bias = None if len(x) == len(token_at) else size_bias(size)
-        out, keys = self.self_attn(self.layer_norm1(x), bias)
-        return x + out, keys
+        """x (N_i, D), size (N_i,) -> x (N_i, D), keys averaged over heads (N_i, D / heads)"""
+        h = self.layer_norm1(x)
+        q, k, v = (rearrange(p(h), "n (h d) -> h n d", h=self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        mask = None  # until something has merged this is plain attention, bit for bit
+        if len(x) < len(token_at):
+            mask = size_bias(size).to(x.dtype).expand(1, len(x), len(x))
+        x = x + self.out_proj(rearrange(attention(q, k, v, mask), "h n d -> n (h d)"))
+        return x, at_least_float32(k).mean(dim=0)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.layer_norm2(x))
+        return x + self.fc2(self.act(self.fc1(self.layer_norm2(x))))
 
 
 class VisionTower(nn.Module):
@@ -191,10 +169,8 @@ class VisionTower(nn.Module):
 class Projector(nn.Module):
     def __init__(self, c: LlavaConfig):
         super().__init__()
-        width, bias = c.text_config.hidden_size, c.multimodal_projector_bias
-        self.linear_1 = nn.Linear(c.vision_config.hidden_size, width, bias=bias)
-        self.linear_2 = nn.Linear(width, width, bias=bias)
-        self.act = ACTIVATIONS[c.projector_hidden_act]
+        D, bias, self.act = c.text_config.hidden_size, c.multimodal_projector_bias, ACTIVATIONS[c.projector_hidden_act]
+        self.linear_1, self.linear_2 = nn.Linear(c.vision_config.hidden_size, D, bias), nn.Linear(D, D, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(self.act(self.linear_1(x)))
@@ -231,43 +207,6 @@ class KVCache:
         return self.kv[..., : self.rows, :].numel() * self.kv.element_size()
 
 
-class Attention(nn.Module):
-    def __init__(self, c: TextConfig, layer: int):
-        super().__init__()
-        self.layer, self.d = layer, c.head_dim
-        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
-        self.o_proj = nn.Linear(q, c.hidden_size, bias=c.attention_bias)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, token_at, at, cache: KVCache | None) -> Tensor:
-        q, k, v = (rearrange(p(x), "n (h d) -> h n d", d=self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if token_at is None:  # every row has one position, so its key is rotated once, before it is cached
-            q, k = (rotate(t, cos[-len(x) :], sin[-len(x) :]) for t in (q, k))
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        if token_at is None:
-            x = attention(q, k, v, causal=len(x) > 1)
-        else:  # differs from Llama: VTU. Cached keys are not rotated: they are expanded and rotated here, where used
-            x = vtu_attention(q, k, v, token_at, cos, sin, at=at)
-        return self.o_proj(rearrange(x, "h n d -> n (h d)"))
-
-
-class MLP(nn.Module):
-    """SwiGLU"""
-
-    def __init__(self, c: TextConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-        self.act = ACTIVATIONS[c.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
 class RMSNorm(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -280,14 +219,32 @@ class RMSNorm(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, c: TextConfig, layer: int):
-        super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(c), Attention(c, layer)
-        self.post_attention_layernorm, self.mlp = RMSNorm(c), MLP(c)
+    """Grouped-query attention with RoPE, then SwiGLU, each behind an RMSNorm."""
 
-    def forward(self, x: Tensor, *sequence) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *sequence)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __init__(self, c: TextConfig, index: int):
+        super().__init__()
+        self.index, self.d, self.act = index, c.head_dim, ACTIVATIONS[c.hidden_act]
+        D, Q, KV = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(c), RMSNorm(c)
+        self.q_proj, self.o_proj = nn.Linear(D, Q, c.attention_bias), nn.Linear(Q, D, c.attention_bias)
+        self.k_proj, self.v_proj = nn.Linear(D, KV, c.attention_bias), nn.Linear(D, KV, c.attention_bias)
+        self.gate_proj, self.up_proj = (nn.Linear(D, c.intermediate_size, c.mlp_bias) for _ in range(2))
+        self.down_proj = nn.Linear(c.intermediate_size, D, c.mlp_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, token_at, at, cache: KVCache | None) -> Tensor:
+        h = self.input_layernorm(x)
+        q, k, v = (rearrange(p(h), "n (h d) -> h n d", d=self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if token_at is None:  # every row has one position, so its key is rotated once, before it is cached
+            q, k = (rotate(t, cos[-len(x) :], sin[-len(x) :]) for t in (q, k))
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)
+        if token_at is None:
+            out = attention(q, k, v, causal=len(x) > 1)
+        else:  # differs from Llama: VTU. Cached keys are not rotated: they are expanded and rotated here, where used
+            out = vtu_attention(q, k, v, token_at, cos, sin, at=at)
+        x = x + self.o_proj(rearrange(out, "h n d -> n (h d)"))
+        h = self.post_attention_layernorm(x)
+        return x + self.down_proj(self.act(self.gate_proj(h)) * self.up_proj(h))
 
 
 class Llama(nn.Module):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import IMAGE, make
 from safetensors.torch import load_file, save_file
 from test_dymu import merged_by_sets, spread
@@ -38,9 +39,7 @@ def images():
     """Pictures from plain to busy, as pixels (3, 56, 56)."""
     torch.manual_seed(5)
     coarse = [torch.randn(1, 3, side, side) for side in (1, 2, 4, 7, 14, 28)]
-    return [
-        torch.nn.functional.interpolate(c, (56, 56), mode="nearest")[0] + 0.01 * torch.randn(3, 56, 56) for c in coarse
-    ]
+    return [F.interpolate(c, (56, 56), mode="nearest")[0] + 0.01 * torch.randn(3, 56, 56) for c in coarse]
 
 
 @pytest.fixture
@@ -261,13 +260,14 @@ def decoder_by_expansion(llava, rows, token_at, queries):
     lists = [p if queries is None else spread(p, queries) for p in lists]
     future = torch.ones(N, N).triu(1).bool()
     for layer in llava.language_model.layers:
-        h, a = layer.input_layernorm(x)[token_at], layer.self_attn
-        q, k, v = (p(h).view(N, -1, c.head_dim).transpose(0, 1) for p in (a.q_proj, a.k_proj, a.v_proj))
+        h = layer.input_layernorm(x)[token_at]
+        q, k, v = (p(h).view(N, -1, c.head_dim).transpose(0, 1) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
         k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))
         scores = rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(1, 2) / math.sqrt(c.head_dim)
         out = (scores.masked_fill(future, -math.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
-        x = x + a.o_proj(torch.stack([out[p].mean(0) for p in lists]))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        x = x + layer.o_proj(torch.stack([out[p].mean(0) for p in lists]))
+        h = layer.post_attention_layernorm(x)
+        x = x + layer.down_proj(F.silu(layer.gate_proj(h)) * layer.up_proj(h))
     return llava.head(llava.language_model.norm(x))
 
 
