@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -100,34 +100,54 @@ def main(argv: list[str] | None = None) -> None:
 # ---- asking ----
 
 
+@dataclass
+class Report:
+    """What --json prints, with the model's name."""
+
+    answer: str
+    visual_tokens: int
+    virtual_tokens: int
+    tokens_per_layer: list[int]  # visual tokens after the merge of each encoder layer
+    encoder_s: float
+    prefill_s: float
+    decode_tokens_per_s: float
+    cache_bytes: int
+    device: str
+    dtype: str
+
+    def __str__(self):
+        return (
+            f"visual tokens {self.virtual_tokens} -> {self.visual_tokens} "
+            f"({100 * self.visual_tokens / self.virtual_tokens:.0f} %), encoder {self.encoder_s:.2f} s, "
+            f"prefill {self.prefill_s:.2f} s, {self.decode_tokens_per_s:.1f} tokens/s, "
+            f"cache {self.cache_bytes / 2**20:.3g} MiB"
+        )
+
+    def row(self, name: str) -> str:
+        times = f"encoder {1000 * self.encoder_s:4.0f} ms, prefill {1000 * self.prefill_s:4.0f} ms"
+        return f"{name:>6} {self.visual_tokens:4} of {self.virtual_tokens} tokens, {times}: {self.answer.strip()}"
+
+
 def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
     settings = read_settings(a, folder, processor)
     pixels, ids = processor.image(a.image), processor.prompt(a.question)  # so that bad input is told before a long load
     processor.config.check_length(len(ids) - 1 + processor.config.visual_tokens)
-    llava, panels = load_model(folder, device, a.dtype), []
-    if len(settings) > 1:  # times that are to be compared: first let every shape be met once
-        for one in settings.values():
-            ask(llava, processor, pixels, ids, one, argparse.Namespace(**vars(a) | {"max_new_tokens": 2}))
-        if not a.json:
-            print(f"{a.image}: {a.question}")
+    llava, panels, several = load_model(folder, device, a.dtype), [], len(settings) > 1
+    asked = llava, processor, pixels, ids
+    options = dict(max_new_tokens=a.max_new_tokens, temperature=a.temperature, seed=a.seed)
+    stream = None if several or a.json else lambda text: print(text, end="", flush=True)
+    if several and not a.json:
+        print(f"{a.image}: {a.question}")
     for name, one in settings.items():
-        stream = (lambda text: print(text, end="", flush=True)) if len(settings) == 1 and not a.json else None
-        report, token_at = ask(llava, processor, pixels, ids, one, a, stream)
-        if name != "full" or len(settings) == 1:  # else the input itself shows it
-            panels.append((name, token_at, report["answer"]))
-        r = argparse.Namespace(**report)
+        if several:  # the times are to be compared: each shape is met once before it is timed
+            ask(*asked, one, options | dict(max_new_tokens=2))
+        report, token_at = ask(*asked, one, options, stream)
         if a.json:
-            print(json.dumps(report))
-        elif len(settings) > 1:
-            times = f"encoder {1000 * r.encoder_s:4.0f} ms, prefill {1000 * r.prefill_s:4.0f} ms"
-            print(f"{name:>6} {r.visual_tokens:4} of {r.virtual_tokens} tokens, {times}: {r.answer.strip()}")
+            print(json.dumps(dict(model=a.model) | asdict(report)))
         else:
-            print(
-                f"\nvisual tokens {r.virtual_tokens} -> {r.visual_tokens} "
-                f"({100 * r.visual_tokens / r.virtual_tokens:.0f} %), encoder {r.encoder_s:.2f} s, "
-                f"prefill {r.prefill_s:.2f} s, {r.decode_tokens_per_s:.1f} tokens/s, "
-                f"cache {r.cache_bytes / 2**20:.3g} MiB"
-            )
+            print(report.row(name) if several else f"\n{report}")
+        if name != "full" or not several:  # the input itself shows what full is
+            panels.append((name, token_at, report.answer))
     if a.show:
         picture = show.draw(processor.view(a.image), panels, a.question)
         with whole(Path(a.show)) as part:
@@ -135,10 +155,10 @@ def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: to
         note(f"wrote {a.show}")
 
 
-def ask(llava, processor: Processor, pixels, ids, settings: DyMU, a: argparse.Namespace, stream=None):
-    """-> the report that --json prints, token_at (N,). stream is called with each new piece of the answer."""
+def ask(llava, processor: Processor, pixels, ids, settings: DyMU, options: dict, stream=None):
+    """Answers once -> its Report, token_at (N,). stream, if any, is called with each new piece of the answer."""
     tokens_per_layer, dropped = [], int(llava.vision_tower.drop_class_token)
-    count = [
+    hooks = [
         layer.fc2.register_forward_hook(lambda fc2, args, out: tokens_per_layer.append(len(out) - dropped))
         for layer in llava.vision_tower.layers
     ]
@@ -150,8 +170,7 @@ def ask(llava, processor: Processor, pixels, ids, settings: DyMU, a: argparse.Na
             torch.accelerator.synchronize()
         encoded = time.perf_counter()
         rows, token_at = llava.splice(ids, visual, settings.vtu)
-        cache = llava.new_cache(len(rows) + a.max_new_tokens)
-        options = dict(max_new_tokens=a.max_new_tokens, temperature=a.temperature, seed=a.seed)
+        cache = llava.new_cache(len(rows) + options["max_new_tokens"])
         for token in llava.decode(rows, token_at, cache, settings.queries, **options):
             if not new:
                 prefilled = time.perf_counter()
@@ -163,12 +182,11 @@ def ask(llava, processor: Processor, pixels, ids, settings: DyMU, a: argparse.Na
         end = time.perf_counter()
     if stream:
         stream(text[len(shown) :])
-    for hook in count:
+    for hook in hooks:
         hook.remove()
-    report = dict(answer=text, model=a.model, visual_tokens=len(x), virtual_tokens=len(at))
-    report |= dict(tokens_per_layer=tokens_per_layer, encoder_s=encoded - start, prefill_s=prefilled - encoded)
-    report |= dict(decode_tokens_per_s=(len(new) - 1) / (end - prefilled), cache_bytes=cache.bytes)
-    return report | dict(device=str(x.device), dtype=str(x.dtype)[6:]), at
+    times = encoded - start, prefilled - encoded, (len(new) - 1) / (end - prefilled)
+    where = str(x.device), str(x.dtype).removeprefix("torch.")
+    return Report(text, len(x), len(at), tokens_per_layer, *times, cache.bytes, *where), at
 
 
 def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> dict[str, DyMU]:
