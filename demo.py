@@ -11,6 +11,7 @@ import datetime
 import json
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,13 +81,17 @@ def main(argv: list[str] | None = None) -> None:
             a = parse([*SAMPLE, "--model", "tiny", "--tokens", "all", "--show", "merged.png"])
         if a.calibrate is None and a.question is None:
             raise ValueError("IMAGE and QUESTION are needed, or --calibrate FOLDER; --help shows examples")
-        if a.max_new_tokens < 1 or a.temperature < 0 or (a.threads is not None and a.threads < 1):
-            raise ValueError("--max-new-tokens and --threads must be at least 1, --temperature at least 0")
-        for file in (a.show, a.save):
-            if file and not Path(file).absolute().parent.is_dir():
-                raise ValueError(f"{Path(file).parent} is not a folder")
+        if a.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {a.max_new_tokens} is not at least 1")
+        if not (a.temperature == 0 or 1e-6 <= a.temperature <= 100):
+            raise ValueError(f"--temperature {a.temperature} is neither 0 nor from 0.000001 to 100")
         if a.threads is not None:
+            if not 1 <= a.threads <= 1024:
+                raise ValueError(f"--threads {a.threads} is not from 1 to 1024")
             torch.set_num_threads(a.threads)
+        for file in map(Path, filter(None, (a.show, a.save))):
+            if not file.absolute().parent.is_dir() or (file.exists() and not file.is_file()):
+                raise ValueError(f"{file} cannot be written: it is no file, or its folder does not exist")
         device = choose_device(a.device)
         folder = find(a.model, announce=lambda size, where: note(f"downloading {size / 1e9:.1f} GB to {where}"))
         processor = Processor(folder, a.pad)
@@ -191,7 +196,7 @@ def ask(llava, processor: Processor, pixels, ids, settings: DyMU, options: dict,
 
 def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> dict[str, DyMU]:
     """What --tokens, --method and --vtu ask for, by the name of the budget; with --tokens all, of all four."""
-    if a.vtu not in ("all", "off") and not (a.vtu.isdecimal() and int(a.vtu) > 0):
+    if a.vtu not in ("all", "off") and not (a.vtu.isdecimal() and 0 < int(a.vtu) < 10**6):
         raise ValueError(f"--vtu {a.vtu!r} is not all, off or a number from 1")
     vtu = dict(vtu=a.vtu != "off", queries=int(a.vtu) if a.vtu.isdecimal() else None)
     settings = {}
@@ -259,12 +264,10 @@ def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device:
 @contextlib.contextmanager
 def whole(file: Path):
     """A path to write to, which becomes the file once all is written; on an error nothing is left."""
-    part = file.with_name(file.name + ".part")
-    try:
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".demo-") as folder:
+        part = Path(folder) / file.name
         yield part
         part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

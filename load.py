@@ -40,13 +40,14 @@ PROMPTS = (  # a chat format: its mark in the checkpoint's Jinja template, a pro
         "<|im_start|>user \n{}<|im_end|><|im_start|>assistant\n",
     ),
 )
+RANGES = {"num_hidden_layers": (1, 1000), "vision_feature_layer": (-1000, 1000), "image_token_index": (0, 1e9)}
 BUDGETS = {"low": 93 / 576, "mid": 208 / 576, "high": 392 / 576}  # share of the N tokens left, on average over images
 
 
 def find(path_or_repo_id, announce=None) -> Path:
     """The folder of a checkpoint; "tiny" is the built-in one. A Hub id is downloaded, after announce(bytes, cache)."""
     name = str(path_or_repo_id)
-    folder = Path(__file__).with_name("tiny") if name == "tiny" else Path(name).expanduser()
+    folder = Path(__file__).with_name("tiny") if name == "tiny" else Path(name)
     if folder.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         if not (folder / "config.json").is_file():
             what = "has no config.json" if folder.is_dir() else "is neither a folder nor a Hub id (owner/name)"
@@ -70,7 +71,7 @@ def read_json(path: Path, kind=dict):
     """An empty dict for a file that does not exist."""
     try:
         data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise ValueError(f"{path}: not readable as JSON ({one_line(e)})") from e
     if not isinstance(data, kind):
         raise ValueError(f"{path}: the JSON is a {type(data).__name__}, not an object")
@@ -88,18 +89,26 @@ def read_config(folder: Path) -> LlavaConfig:
         if found not in known:
             raise ValueError(f"{file}: {what} {found!r} is not implemented, only {', '.join(map(repr, known))}")
 
+    def section(parent, name):
+        part = parent.get(name) or {}
+        if not isinstance(part, dict):
+            raise ValueError(f"{file}: {name} is {part!r}, not an object")
+        return part
+
     def fill(kind, values):
-        given = {f.name: values[f.name] for f in dataclasses.fields(kind) if values.get(f.name) is not None}
-        for name, value in given.items():
-            if type(value) is int and value < 1 and name not in ("vision_feature_layer", "image_token_index"):
-                raise ValueError(f"{file}: {name} is {value}")
-        return kind(**given)
+        given = {f: values[f.name] for f in dataclasses.fields(kind) if values.get(f.name) is not None}
+        for f, value in given.items():
+            low, high = RANGES.get(f.name, (1e-12, 1e9))
+            number = type(value) is int or (type(value) is float and f.type is float)
+            if f.type in (int, int | None, float) and not (number and low <= value <= high):
+                raise ValueError(f"{file}: {f.name} is {value!r}")
+        return kind(**{f.name: value for f, value in given.items()})
 
     # With no vision_config at all it is CLIP ViT-L/14-336; what a vision_config omits is CLIPVisionConfig's default.
     large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    vision = c.get("vision_config") or large | dict(image_size=336, patch_size=14)
-    text = c.get("text_config") or {}
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # the new name and the old one
+    vision = section(c, "vision_config") or large | dict(image_size=336, patch_size=14)
+    text = section(c, "text_config")
+    rope = section(text, "rope_parameters") or section(text, "rope_scaling")  # the new name and the old one
     supported("model_type", c.get("model_type"), "llava")
     supported("vision model_type", vision.get("model_type", "clip_vision_model"), "clip_vision_model")
     supported("text model_type", text.get("model_type", "llama"), "llama")
@@ -115,12 +124,18 @@ def read_config(folder: Path) -> LlavaConfig:
         dtype=c.get("dtype") or c.get("torch_dtype"),
     )
     config = fill(LlavaConfig, c | joined)
-    supported("vision hidden_act", config.vision_config.hidden_act, *ACTIVATIONS)
-    supported("text hidden_act", config.text_config.hidden_act, *ACTIVATIONS)
+    v, t = config.vision_config, config.text_config
+    supported("vision hidden_act", v.hidden_act, *ACTIVATIONS)
+    supported("text hidden_act", t.hidden_act, *ACTIVATIONS)
     supported("projector_hidden_act", config.projector_hidden_act, *ACTIVATIONS)
     supported("vision_feature_select_strategy", config.vision_feature_select_strategy, "default", "full")
-    layers = config.vision_config.num_hidden_layers
-    supported("vision_feature_layer", config.vision_feature_layer, *range(-layers - 1, layers + 1))
+    supported(
+        "vision_feature_layer", config.vision_feature_layer, *range(-v.num_hidden_layers - 1, v.num_hidden_layers + 1)
+    )
+    supported("dtype", config.dtype, None, "float32", "float16", "bfloat16")
+    supported("eos_token_id", tuple(map(type, config.eos_token_id)), (int,) * len(config.eos_token_id))
+    supported("hidden_size % num_attention_heads", v.hidden_size % v.num_attention_heads, 0)
+    supported("num_attention_heads % num_key_value_heads", t.num_attention_heads % t.num_key_value_heads, 0)
     return config
 
 
@@ -142,52 +157,50 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def open_shard(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except Exception as e:  # SafetensorError, OSError
-        raise ValueError(f"{file}: not a whole safetensors file ({one_line(e)})") from e
-
-
 def load_model(folder: Path, device=None, dtype=None, only: str = "") -> Llava:
     """Builds the model on the meta device and assigns the tensors of the memory-mapped shards: it never exists twice.
 
     Strict, before anything is read: a missing, left-over or misshapen tensor is a ValueError that names it.
     only: a prefix; tensors whose name does not begin with it stay on the meta device.
     """
-    config = read_config(folder)
-    device = choose_device(device)
+    config, device, source = read_config(folder), choose_device(device), {}
+    for file in weight_files(folder):
+        try:
+            shard = safe_open(file, framework="pt")
+        except Exception as e:  # SafetensorError, OSError
+            raise ValueError(f"{file}: not a whole safetensors file ({one_line(e)})") from e
+        for key in shard.keys():  # noqa: SIM118 (it is no dict)
+            name = key
+            for pattern, replacement in KEYS:
+                name = re.sub(pattern, replacement, name)
+            if name in source:
+                raise ValueError(f"{file}: tensor {key} is there twice")
+            source[name] = shard, key
+    if "lm_head.weight" in source:
+        config.tie_word_embeddings = False  # a head of its own goes before what config.json says, as in transformers
     with torch.device("meta"):
         model = Llava(config).eval().requires_grad_(False)
-    wanted, source = model.state_dict(), {}
-    for file in weight_files(folder):
-        with open_shard(file) as shard:
-            for key in shard.keys():  # noqa: SIM118 (it is no dict)
-                name = key
-                for pattern, replacement in KEYS:
-                    name = re.sub(pattern, replacement, name)
-                block = re.match(r"vision_tower\.layers\.(\d+)\.", name)
-                beyond = block and int(block[1]) >= len(model.vision_tower.layers)  # of the layer that is read
-                if beyond or re.search(IGNORED, name) or (config.tie_word_embeddings and name == "lm_head.weight"):
-                    continue
-                shape, kind = shard.get_slice(key).get_shape(), shard.get_slice(key).get_dtype()
-                if name not in wanted or name in source:
-                    raise ValueError(f"{file}: tensor {key} {'is there twice' if name in source else 'has no place'}")
-                if shape != list(wanted[name].shape):
-                    raise ValueError(f"{file}: tensor {key} is {shape}, config.json says {list(wanted[name].shape)}")
-                if kind not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{file}: tensor {key} is {kind}; quantised checkpoints are not supported")
-                source[name] = file, key, kind
+    wanted, kinds = model.state_dict(), set()
+    for name, (shard, key) in source.items():
+        block = re.match(r"vision_tower\.layers\.(\d+)\.", name)
+        if name in wanted:
+            shape, kind = shard.get_slice(key).get_shape(), shard.get_slice(key).get_dtype()
+            kinds.add(kind)
+            if shape != list(wanted[name].shape):
+                raise ValueError(f"{folder}: tensor {key} is {shape}, config.json says {list(wanted[name].shape)}")
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{folder}: tensor {key} is {kind}; quantised checkpoints are not supported")
+        elif not re.search(IGNORED, name) and not (block and int(block[1]) >= config.vision_layers):
+            raise ValueError(f"{folder}: tensor {key} has no place in the model")
     if missing := sorted(wanted.keys() - source.keys()):
         raise ValueError(f"{folder}: tensor {missing[0]} is missing, one of {len(missing)}")
-    stored = "float16" if all(kind in ("F16", "BF16") for _, _, kind in source.values()) else "float32"
-    dtype = choose_dtype(dtype, device, half=(config.dtype or stored) in ("float16", "bfloat16"))
-    tensors = {}
-    for file in dict.fromkeys(file for file, _, _ in source.values()):
-        with open_shard(file) as shard:
-            mine = ((name, key) for name, (home, key, _) in source.items() if home == file and name.startswith(only))
-            tensors |= {name: shard.get_tensor(key).to(device, dtype) for name, key in mine}
-    model.load_state_dict(tensors, strict=not only, assign=True)
+    half = config.dtype in ("float16", "bfloat16") if config.dtype else kinds <= {"F16", "BF16"}
+    dtype = choose_dtype(dtype, device, half)
+    for name in wanted:
+        if name.startswith(only):
+            shard, key = source[name]
+            wanted[name] = shard.get_tensor(key).to(device, dtype)
+    model.load_state_dict(wanted, assign=True)
     return model
 
 
@@ -224,13 +237,13 @@ def choose_dtype(dtype, device: torch.device, half: bool) -> torch.dtype:
 def read_picture(picture) -> Image.Image:
     """A PIL image or the path of one -> upright, RGB. Transparency is laid on white, as transformers does."""
     try:
-        if not isinstance(picture, Image.Image):
-            picture = Image.open(picture)
-        picture = ImageOps.exif_transpose(picture)
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+        if not isinstance(picture, Image.Image) and Path(picture).exists() and not Path(picture).is_file():
+            raise OSError("it is not a file")
+        image = ImageOps.exif_transpose(picture if isinstance(picture, Image.Image) else Image.open(picture))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on broken files
         raise ValueError(f"picture {str(picture)!r} cannot be read: {one_line(e)}") from e
 
@@ -244,35 +257,46 @@ class Processor:
     def __init__(self, folder: Path, pad: bool = False):
         self.folder, self.config = folder, read_config(folder)
         whole, side = read_json(folder / "processor_config.json"), self.config.vision_config.image_size
-        found = read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
+        found = whole.get("image_processor") or read_json(folder / "preprocessor_config.json")
         clip = dict(do_resize=True, size=dict(shortest_edge=side), resample=3, do_center_crop=True, crop_size=side)
+        clip |= dict(do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
         clip |= dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
-        self.pictures = clip | dict(rescale_factor=1 / 255) | {k: v for k, v in found.items() if v is not None}
-        self.pad = pad or bool(found.get("do_pad"))
+        try:  # CLIPImageProcessor's defaults, at the tower's resolution; then one picture, to see that it all fits
+            self.pictures = clip | {k: v for k, v in found.items() if v is not None}
+            self.pad = pad or bool(self.pictures.get("do_pad"))
+            if not self.image(Image.new("RGB", (side, side))).isfinite().all():
+                raise ValueError("pixels are not finite")
+        except Exception as e:  # whatever wrong types and numbers lead to
+            raise ValueError(f"{folder}: preprocessor_config.json cannot be followed ({one_line(e)})") from e
         file = folder / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(file))
+            self.tokenizer.no_padding()  # of batches that it was once used for
+            self.tokenizer.no_truncation()
         except Exception as e:  # tokenizers raises nothing more precise
             raise ValueError(f"{file} cannot be read: {one_line(e)}") from e
         if (at := self.tokenizer.token_to_id("<image>")) != self.config.image_token_index:
             raise ValueError(f"{file}: the id of <image> is {at}, config.json says {self.config.image_token_index}")
         jinja = folder / "chat_template.jinja"
-        places = (whole, read_json(folder / "chat_template.json"), read_json(folder / "tokenizer_config.json"))
-        template = next((d["chat_template"] for d in places if d.get("chat_template")), PROMPTS[0][0])
-        self.template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
+        jinja = dict(chat_template=jinja.read_text(encoding="utf-8") if jinja.is_file() else None)
+        places = whole, read_json(folder / "chat_template.json"), jinja, read_json(folder / "tokenizer_config.json")
+        self.template = str(next((d["chat_template"] for d in places if d.get("chat_template")), PROMPTS[0][0]))
 
     def view(self, picture) -> Image.Image:
         """A PIL image or the path of one -> what the model sees of it, RGB."""
         picture, p = read_picture(picture), self.pictures
+        (w, h), side = picture.size, max(picture.size)
+        limit = Image.MAX_IMAGE_PIXELS * 2  # what Pillow calls a decompression bomb
         if self.pad:
-            (w, h), side = picture.size, max(picture.size)
+            if side * side > limit:
+                raise ValueError(f"a picture of {w} x {h} is too narrow to pad to a square")
             square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in p["image_mean"]))
             square.paste(picture, ((side - w) // 2, (side - h) // 2))
             picture = square
         if p["do_resize"]:
             size = width_height(p["size"], picture.size)
-            if math.prod(size) > Image.MAX_IMAGE_PIXELS:
-                raise ValueError("a picture of {} x {} is too narrow to crop; pad it".format(*picture.size))
+            if math.prod(size) > limit:
+                raise ValueError(f"a picture of {w} x {h} is too narrow to crop to a square")
             picture = picture.resize(size, p["resample"])
         if p["do_center_crop"]:
             w, h = width_height(p["crop_size"])
@@ -284,9 +308,9 @@ class Processor:
         """A PIL image or the path of one -> pixels (3, H, W), float32, normalised."""
         picture, p = self.view(picture), self.pictures
         x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
-        x = (x.double() * p["rescale_factor"]).float().permute(2, 0, 1)
-        mean, std = (torch.tensor(p[k])[:, None, None] for k in ("image_mean", "image_std"))
-        return (x - mean) / std
+        x = (x.double() * (p["rescale_factor"] if p["do_rescale"] else 1)).float().permute(2, 0, 1)
+        mean, std = (torch.tensor(p[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
+        return (x - mean) / std if p["do_normalize"] else x
 
     def prompt(self, question: str, image: bool = True) -> Tensor:
         """The question in the checkpoint's chat format -> ids (T,); image: with one image placeholder."""
@@ -295,6 +319,7 @@ class Processor:
         formats = [prompts for mark, *prompts in PROMPTS if mark in self.template]
         if not formats:
             raise ValueError(f"{self.folder}: chat template not recognised; load.py's PROMPTS lists the known ones")
+        question.encode()  # a ValueError for what is not Unicode
         ids = self.tokenizer.encode(formats[0][0 if image else 1].replace("{}", question)).ids
         if ids.count(self.config.image_token_index) != image:
             raise ValueError("the question must not hold the image placeholder <image>")
@@ -339,7 +364,7 @@ def read_thresholds(spec: str, folder: Path, config: LlavaConfig) -> tuple[tuple
     if spec in BUDGETS:
         for file in (folder / "thresholds.json", *shipped):
             data = read_json(file)
-            if spec in data and data.get("tower", {}).items() <= tower.items():
+            if spec in data and all(tower.get(k) == v for k, v in dict(data.get("tower") or ()).items()):
                 return check_thresholds(data[spec], file, config), data
         command = f"python demo.py --calibrate IMAGES_FOLDER --model {folder}"
         raise ValueError(f"no {spec!r} thresholds are known for this vision tower; this finds them: {command}")
@@ -359,11 +384,13 @@ def read_thresholds(spec: str, folder: Path, config: LlavaConfig) -> tuple[tuple
 def read_pth(file: Path) -> list[float]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # UnpicklingError, RuntimeError, EOFError
+        state = state.get("state_dict", state)
+        found = [(int(m[1]), float(v)) for k, v in state.items() if (m := re.search(r"\.(\d+)\.threshold$", k))]
+    except Exception as e:  # UnpicklingError, RuntimeError, EOFError; or it is no dictionary of tensors
         raise ValueError(f"{file}: not a checkpoint of plain tensors ({one_line(e)[:200]})") from e
-    state = state.get("state_dict", state)
-    found = {int(m[1]): float(v) for k, v in state.items() if (m := re.search(r"\.(\d+)\.threshold$", k))}
-    return [found[i] for i in sorted(found)]
+    if [i for i, _ in sorted(found)] != list(range(len(found))):
+        raise ValueError(f"{file}: the layers that have a threshold are {[i for i, _ in sorted(found)]}")
+    return [tau for _, tau in sorted(found)]
 
 
 def check_thresholds(values, file: Path, config: LlavaConfig) -> tuple[float, ...]:

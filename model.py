@@ -262,6 +262,7 @@ class Llama(nn.Module):
         """
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         cached = cache.rows if cache is not None else 0
+        assert not cached or len(x) == 1, f"{len(x)} rows behind {cached} cached ones"
         merged = len(token_at) > cached + len(x)  # else each row stands at its own position, and this is plain Llama
         at = query_positions(token_at, queries) if merged and not cached else None
         for layer in self.layers:

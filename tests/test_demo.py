@@ -1,6 +1,7 @@
 """The command line as a user meets it, and one case for each kind of bad input: one line, exit status 2."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -133,7 +134,6 @@ def test_all_budgets_in_a_table_and_a_picture(run, folder, photo, tmp_path):
     assert Image.open(tmp_path / "m.png").width == 1200
     reports = [json.loads(line) for line in run(*argv, "--json")[1].splitlines()]
     assert [r["visual_tokens"] for r in reports] == counts
-    assert_one_line(run(*argv[:-1], tmp_path / "nowhere" / "m.png"), "not a folder")
 
 
 def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
@@ -156,17 +156,24 @@ def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
         assert one["tokens_mean"] == sum(counts) / 6
     assert found["high"]["tokens_mean"] == 11  # one batch: exactly the budget
     assert run(pictures / "1.png", QUESTION, "--model", folder, "--tokens", "mid", "--max-new-tokens", 2)[0] == 0
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".demo-*"))
 
 
-def test_a_calibration_that_fails_leaves_nothing(run, folder, tmp_path):
+def test_a_calibration_that_fails_leaves_nothing(run, folder, photo, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     before = sorted(p.name for p in folder.iterdir())
     assert_one_line(run("--calibrate", tmp_path / "empty", "--model", folder), "no images")
     assert_one_line(run("--calibrate", tmp_path / "nowhere", "--model", folder), "not a folder")
-    assert_one_line(
-        run("--calibrate", tmp_path, "--model", folder, "--save", tmp_path / "no" / "t.json"), "not a folder"
-    )
+    nowhere = tmp_path / "no" / "t.json"
+    assert_one_line(run("--calibrate", tmp_path, "--model", folder, "--save", nowhere), "cannot be written")
+    photo.rename(tmp_path / "empty" / "photo.png")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    status, _, err = run("--calibrate", tmp_path / "empty", "--model", folder)
+    assert status == 2 and err.endswith("No space left on device\n")
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
@@ -202,6 +209,7 @@ def bad_pictures(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
     Image.new("1", (2_000_000, 20)).save(tmp_path / "narrow.png")
+    os.mkfifo(tmp_path / "pipe")
     return tmp_path
 
 
@@ -215,10 +223,17 @@ def bad_pictures(tmp_path):
         ("empty.png", "cannot identify"),
         ("bomb.png", "decompression bomb"),
         ("narrow.png", "too narrow to crop"),
+        ("pipe", "it is not a file"),
     ],
 )
 def test_bad_picture(run, saved, tmp_path, name, message):
     assert_one_line(run(bad_pictures(tmp_path) / name, QUESTION, "--model", saved), message)
+
+
+def test_a_picture_too_narrow_to_pad(run, saved, tmp_path):
+    assert_one_line(
+        run(bad_pictures(tmp_path) / "narrow.png", QUESTION, "--model", saved, "--pad"), "too narrow to pad"
+    )
 
 
 def test_unreadable_picture(run, saved, photo, monkeypatch):
@@ -252,8 +267,12 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
         (["PHOTO", "Q", "--frobnicate"], "--frobnicate"),
         (["PHOTO", "Q", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["PHOTO", "Q", "--max-new-tokens", "many"], "many"),
-        (["PHOTO", "Q", "--temperature", "-1"], "--temperature"),
-        (["PHOTO", "Q", "--threads", "0"], "--threads"),
+        *((["PHOTO", "Q", "--temperature", t], "--temperature") for t in ("-1", "nan", "inf", "1e-45", "warm")),
+        *((["PHOTO", "Q", "--threads", t], "--threads") for t in ("0", "1000000", "all")),
+        (["PHOTO", "Q", "--vtu", "99999999999999999999"], "--vtu"),
+        (["PHOTO", "Q", "--show", "no/where.png"], "cannot be written"),
+        (["PHOTO", "Q", "--show", "."], "cannot be written"),
+        (["PHOTO", "Q", "--show", "/dev/null"], "cannot be written"),
         (["PHOTO", "Q", "--tokens", "tiny"], "neither full, low, mid or high nor a file"),
         (["PHOTO", "Q", "--tokens", "low"], "python demo.py --calibrate IMAGES_FOLDER --model"),
         (["PHOTO", "Q", "--tokens", "x.json", "--method", "tome"], "--method tome takes"),
@@ -274,6 +293,7 @@ def test_bad_arguments(run, saved, photo, argv, message):
         ("[0.5, 0.5, true]", "numbers from -1 to 1"),
         ('{"low": {"thresholds": 0.5}}', "numbers from -1 to 1"),
         ('{"a": 1}', "numbers from -1 to 1"),
+        ("[" * 100_000, "not readable as JSON"),
         ("[0.5, 0.5,", "not readable as JSON"),
         ("0.5", "not an object"),
         ("\0\1\2", "not readable as JSON"),
@@ -292,8 +312,16 @@ def test_bad_thresholds_in_a_pth(run, saved, photo, tmp_path):
 
     torch.save({"a.0.threshold": Evil()}, tmp_path / "evil.pth")
     torch.save({"weight": torch.ones(2)}, tmp_path / "none.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"a.0.threshold": None, 3: 4}, tmp_path / "odd.pth")
     (tmp_path / "junk.pth").write_bytes(pickle.dumps([1])[:5])
-    for name, message in (("evil", "plain tensors"), ("none", "0 thresholds given"), ("junk", "plain tensors")):
+    for name, message in (
+        ("evil", "plain tensors"),
+        ("none", "0 thresholds given"),
+        ("junk", "plain"),
+        ("list", "plain"),
+        ("odd", "plain"),
+    ):
         assert_one_line(run(photo, QUESTION, "--model", saved, "--tokens", tmp_path / f"{name}.pth"), message)
 
 
@@ -343,9 +371,33 @@ BROKEN = {
     "activation": (config(vision_config__hidden_act="mish"), "hidden_act 'mish' is not implemented"),
     "text activation": (config(text_config__hidden_act="relu6"), "text hidden_act 'relu6'"),
     "projector activation": (config(projector_hidden_act="tanh"), "projector_hidden_act 'tanh'"),
-    "number": (config(text_config__hidden_size=0), "hidden_size is 0"),
+    "zero": (config(text_config__hidden_size=0), "hidden_size is 0"),
+    "no number": (config(text_config__hidden_size="x"), "hidden_size is 'x'"),
+    "not whole": (config(vision_config__patch_size=14.0), "patch_size is 14.0"),
+    "infinite": (config(text_config__rms_norm_eps=float("inf")), "rms_norm_eps is inf"),
+    "endless layers": (config(text_config__num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+    "heads": (config(vision_config__num_attention_heads=5), "hidden_size % num_attention_heads 3"),
+    "kv heads": (config(text_config__num_key_value_heads=3), "num_attention_heads % num_key_value_heads 1"),
+    "no object": (config(text_config=[1]), "text_config is [1], not an object"),
+    "no rope": (config(text_config__rope_parameters="x"), "rope_parameters is 'x', not an object"),
+    "eos": (lambda f: edit(f / "generation_config.json", eos_token_id="x"), "eos_token_id"),
+    "dtype": (config(dtype="float8"), "dtype 'float8'"),
+    **{
+        f"preprocessing {key} {value}": (
+            lambda f, key=key, value=value: edit(f / "processor_config.json", **{f"image_processor__{key}": value}),
+            "preprocessor_config.json cannot be followed",
+        )
+        for key, value in (
+            ("size", "x"),
+            ("size", {}),
+            ("crop_size", 10**6),
+            ("image_mean", [1]),
+            ("image_std", [0] * 3),
+        )
+    },
+    "preprocessor": (lambda f: edit(f / "processor_config.json", image_processor=5), "cannot be followed"),
     "layer": (config(vision_feature_layer=-9), "vision_feature_layer -9"),
-    "layers": (config(vision_feature_layer=[-2, -5]), "vision_feature_layer [-2, -5]"),
+    "layers": (config(vision_feature_layer=[-2, -5]), "vision_feature_layer is [-2, -5]"),
     "strategy": (config(vision_feature_select_strategy="cls"), "'cls'"),
     "pickle only": (only_pickle, "pytorch_model.bin is a pickle"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),

@@ -10,6 +10,7 @@ import torch
 from checkpoints import IMAGE, LLAVA_15_TEMPLATE, make
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoProcessor, LlavaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -82,21 +83,37 @@ def test_pixels_equal_transformers(saved, kind, shape):
     torch.testing.assert_close(Processor(saved, pad=True).image(image), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [dict(size={"height": 50, "width": 70}), dict(resample=2), dict(do_resize=False)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(size={"height": 50, "width": 70}),
+        dict(resample=2),
+        dict(do_resize=False),
+        dict(do_normalize=False),
+        dict(do_normalize=False, do_rescale=False),
+    ],
+)
 def test_pixels_follow_preprocessor_config(folder, options):
     reference = CLIPImageProcessorPil(
         **{"size": {"shortest_edge": 80}, "crop_size": {"height": 56, "width": 57}, **options}
     )
-    reference.save_pretrained(folder)
     image = picture("RGB", (101, 60))
     expected = reference(image, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(Processor(folder).image(image), expected, rtol=0, atol=1e-6)
+    reference.save_pretrained(folder)  # preprocessor_config.json, which processor_config.json goes before
+    assert Processor(folder).image(image).shape != expected.shape
+    edit(folder / "processor_config.json", image_processor=None)
+    torch.testing.assert_close(Processor(folder).image(image), expected.float(), rtol=0, atol=1e-6)
 
 
-def test_old_preprocessor_config_with_plain_numbers(folder):
-    (folder / "preprocessor_config.json").write_text(json.dumps(dict(size=56, crop_size=56)))
-    image = picture("RGB", (56, 56))
-    torch.testing.assert_close(Processor(folder).image(image), Processor(folder).image(image.resize((56, 56))))
+def test_old_preprocessor_config_with_plain_numbers_and_nulls(folder):
+    image = picture("RGB", (90, 56))
+    expected = Processor(folder).image(image)
+    (folder / "processor_config.json").unlink()
+    old = dict(size=56, crop_size=56, do_resize=False, image_mean=None)
+    (folder / "preprocessor_config.json").write_text(json.dumps(old))
+    assert torch.equal(Processor(folder).image(image), expected)
+    (folder / "preprocessor_config.json").unlink()  # nothing at all: CLIP's, at the tower's resolution
+    assert torch.equal(Processor(folder).image(image), expected)
 
 
 def test_exif_orientation_is_applied(saved, tmp_path):
@@ -146,10 +163,19 @@ def test_prompt_equals_transformers(folder, template, place, question):
         assert processor.decode(ids) == text.replace("<image>", "")
 
 
+def test_padding_and_truncation_in_tokenizer_json_are_left_out(folder):
+    expected = Processor(folder).prompt("What is it?").tolist()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(length=200)
+    tokenizer.enable_truncation(5)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert Processor(folder).prompt("What is it?").tolist() == expected
+
+
 def test_prompts_that_cannot_be_made(folder):
     processor = Processor(folder)
-    for question in ("", "  \n"):
-        with pytest.raises(ValueError, match="question is empty"):
+    for question, message in (("", "is empty"), ("  \n", "is empty"), ("what \udcff", "surrogates")):
+        with pytest.raises(ValueError, match=message):
             processor.prompt(question)
     with pytest.raises(ValueError, match="<image>"):
         processor.prompt("what is <image>?")
@@ -233,6 +259,12 @@ def test_a_half_precision_checkpoint_answers(folder, monkeypatch):
         assert (a - b.float()).norm() < 0.1 * a.norm()
 
 
+def test_a_head_of_its_own_goes_before_tied_embeddings(folder):
+    edit(folder / "config.json", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(load_model(folder, "cpu").lm_head.weight, weights["language_model.lm_head.weight"])
+
+
 def test_a_hub_id_is_downloaded_after_it_was_announced(folder, monkeypatch):
     calls = []
 
@@ -268,7 +300,9 @@ def test_the_published_sample_is_shipped_for_its_tower_alone(tmp_path):
     assert "bfloat16" in provenance["doubt"] and provenance["low"]["r"] == [21] * 24
     config.check(DyMU(thresholds=taus))
     with pytest.raises(ValueError, match="calibrate"):
-        read_thresholds("low", tmp_path, config_of(tmp_path, vision_config=dict(hidden_size=1024)))
+        read_thresholds(
+            "low", tmp_path, config_of(tmp_path, vision_config=dict(hidden_size=1024, num_attention_heads=16))
+        )
 
 
 def test_thresholds_from_files(folder, tmp_path):
@@ -285,3 +319,12 @@ def test_thresholds_from_the_authors_checkpoint(folder, tmp_path):
     torch.save({"state_dict": state | {"visual.proj": torch.ones(3)}, "epoch": 1}, tmp_path / "tome.pth")
     found = read_thresholds(str(tmp_path / "tome.pth"), folder, read_config(folder))[0]
     assert found == pytest.approx((0.9, 0.8, 0.7, 0.6))
+    for wrong in (
+        lambda s: s.pop("visual.transformer.resblocks.1.threshold"),
+        lambda s: s.update({"b.2.threshold": 1.0}),
+    ):
+        changed = dict(state)
+        wrong(changed)
+        torch.save(changed, tmp_path / "wrong.pth")
+        with pytest.raises(ValueError, match="layers that have a threshold"):
+            read_thresholds(str(tmp_path / "wrong.pth"), folder, read_config(folder))
