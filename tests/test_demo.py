@@ -19,6 +19,7 @@ from test_load import edit, picture
 import demo
 from dymu import DyMU
 from load import load
+from model import Llava
 
 REPOSITORY = Path(__file__).parent.parent
 QUESTION = "What is in the picture?"
@@ -104,6 +105,22 @@ def test_temperature_and_seed(run, saved, photo):
     base = [photo, QUESTION, "--model", saved, "--json", "--max-new-tokens", 12, "--temperature", 3]
     answers = [json.loads(run(*base, "--seed", seed)[1])["answer"] for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_characters_of_several_bytes_are_printed_whole(run, saved, photo, monkeypatch):
+    text = "zwölf 你好 🙂!"
+    ids = load(saved, "cpu")[1].tokenizer.encode(text, add_special_tokens=False).ids
+    monkeypatch.setattr(Llava, "decode", lambda *args, **options: iter(ids))  # one id per byte
+    assert run(photo, QUESTION, "--model", saved)[1].startswith(text + "\n")
+    monkeypatch.setattr(Llava, "decode", lambda *args, **options: iter(ids[:8]))  # ends inside a character
+    assert run(photo, QUESTION, "--model", saved)[1].startswith("zwölf \ufffd\n")
+
+
+def test_threads(run, saved, photo, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    assert run(photo, QUESTION, "--model", saved, "--threads", 3, "--max-new-tokens", 1)[0] == 0
+    assert chosen == [3]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "transparent palette"])

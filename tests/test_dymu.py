@@ -199,6 +199,21 @@ def test_a_cached_step_equals_the_last_row_of_one_pass():
     torch.testing.assert_close(vtu_attention(q[:, -1:], k, v, token_at, cos, sin), whole[:, -1:])
 
 
+def test_half_precision_is_averaged_and_compared_in_float32():
+    keys, x = torch.randn(200, 16).bfloat16(), (100 + torch.randn(2, 300, 4)).bfloat16()
+    score, partner = match(keys)
+    exact_score, exact_partner = match(keys.float())
+    assert torch.equal(score, exact_score) and torch.equal(partner, exact_partner)
+    one = torch.zeros(300, dtype=torch.long)
+    mean = x.float().mean(1, keepdim=True).bfloat16()
+    assert torch.equal(remerge(x, one, 1), mean)
+    tokens = torch.cat((x[0, :1], x[0]))  # all of A but the first join one token of B
+    partner, keep = torch.zeros(151, dtype=torch.long), torch.arange(151) > 0
+    merged = merge(tokens, torch.ones(301), torch.arange(301), partner, keep)[0][1]
+    assert torch.equal(merged, torch.cat((tokens[2::2], tokens[1:2])).float().mean(0).bfloat16())
+    assert size_bias(torch.tensor([300.0]).bfloat16()).dtype == torch.float32
+
+
 def test_settings_that_contradict_are_refused():
     with pytest.raises(ValueError, match="not both"):
         DyMU(thresholds=(0.5,), r=(1,))

@@ -325,6 +325,10 @@ def test_cache_holds_unique_rows_only():
         assert cache.bytes == mib * 2**20
 
 
+def test_cache_is_no_longer_than_the_positions(llava):
+    assert llava.new_cache(10**9).kv.shape[3] == llava.config.text_config.max_position_embeddings
+
+
 def test_cache_of_a_merged_prompt(llava, ids, pixels):
     sizes = []
     for settings in (DyMU(), MERGED):
