@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import datetime
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -19,9 +18,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import budgets
 import show
-from dymu import DyMU, find_thresholds, schedule
-from load import BUDGETS, Processor, choose_device, find, load_model, one_line, read_thresholds
+from budgets import BUDGETS, merges, read_thresholds
+from dymu import DyMU
+from load import Processor, choose_device, find, load_model, one_line
 
 EXAMPLES = """examples:
   python demo.py photo.jpg "What is on the table?"                      all visual tokens: the plain model
@@ -30,7 +31,6 @@ EXAMPLES = """examples:
   python demo.py --calibrate photos/ --model my-llava                   finds low, mid and high for another model
 """
 SAMPLE = str(Path(__file__).parent / "tiny" / "sample.png"), "QUESTION"  # what the demo without arguments asks
-BATCH = 64  # images that share one ranking of edges in Eq. 4
 
 
 class Parser(argparse.ArgumentParser):
@@ -216,23 +216,17 @@ def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> 
     return settings
 
 
-def merges(budget: str, config) -> tuple[int, ...]:
-    """The r_i that leave the budget's share of the N tokens at the layer that is read."""
-    return schedule(config.visual_tokens - round(config.visual_tokens * BUDGETS[budget]), config.vision_layers)
-
-
 # ---- calibrating ----
 
 
 def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
-    """Eq. 4 over the pictures of a folder. The file appears whole or not at all."""
     save, pictures = Path(a.save or folder / "thresholds.json"), Path(a.calibrate)
     if not pictures.is_dir():
         raise ValueError(f"{pictures} is not a folder")
     files = sorted(f for f in pictures.iterdir() if f.suffix.lower() in Image.registered_extensions())
     llava, unreadable = load_model(folder, device, a.dtype or "float32", only="vision_tower."), {}
 
-    def pixels(what):
+    def images(what: str):
         for i, file in enumerate(files, 1):
             bar = "#" * (24 * i // len(files))
             note(f"\r{what:<16} [{bar:<24}] {i}/{len(files)} pictures", end="\n" if i == len(files) else "")
@@ -242,16 +236,12 @@ def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device:
             except ValueError as e:
                 unreadable[file] = e
 
-    found = dict(model=a.model, preprocessing="pad" if processor.pad else "crop", schedule="constant", batch_size=BATCH)
-    found |= dict(date=datetime.date.today().isoformat(), tower=asdict(llava.config.vision_config))
-    for budget in BUDGETS:
-        r = merges(budget, llava.config)
-        thresholds = find_thresholds(llava.vision_tower, pixels(f"{budget}, ranking"), r, BATCH)
-        with torch.inference_mode():
-            settings = DyMU(thresholds=thresholds)
-            count = [len(llava.vision_tower(p, settings)[0]) for p in pixels(f"{budget}, counting")]
-        mean, std = statistics.fmean(count), statistics.pstdev(count)
-        found[budget] = dict(images=len(count), tokens_mean=mean, tokens_std=std, r=r, thresholds=thresholds)
+    found = dict(model=a.model, preprocessing="pad" if processor.pad else "crop", schedule="constant")
+    found |= dict(date=datetime.date.today().isoformat(), batch_size=budgets.BATCH)
+    found |= dict(tower=asdict(llava.config.vision_config))
+    for budget, one in budgets.calibrate(llava.vision_tower, images):
+        found[budget] = one
+        mean, std = one["tokens_mean"], one["tokens_std"]
         print(f"{budget}: {mean:.1f} +- {std:.1f} of {llava.config.visual_tokens} tokens")
     for e in unreadable.values():
         note(f"demo.py: skipped: {e}")

@@ -1,4 +1,4 @@
-"""From a Hub id or a folder to a model and its processor: configuration, weights, pictures, prompts, thresholds.
+"""From a Hub id or a folder to a model and its processor: configuration, weights, pictures, prompts.
 
 Only data is read, never a pickle that could run code. What is wrong with a checkpoint or an input is a ValueError whose
 one line says what, where and what to do.
@@ -18,7 +18,6 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dymu import DyMU
 from model import ACTIVATIONS, Llava, LlavaConfig, TextConfig, VisionConfig
 
 FILES = ["*.json", "*.safetensors", "chat_template.jinja"]  # all that is read of a checkpoint, or downloaded
@@ -41,7 +40,6 @@ PROMPTS = (  # a chat format: its mark in the checkpoint's Jinja template, a pro
     ),
 )
 RANGES = {"num_hidden_layers": (1, 1000), "vision_feature_layer": (-1000, 1000), "image_token_index": (0, 1e9)}
-BUDGETS = {"low": 93 / 576, "mid": 208 / 576, "high": 392 / 576}  # share of the N tokens left, on average over images
 
 
 def find(path_or_repo_id, announce=None) -> Path:
@@ -347,55 +345,3 @@ def load(path_or_repo_id, device=None, dtype=None, pad: bool = False) -> tuple[L
     folder = find(path_or_repo_id)
     processor = Processor(folder, pad)
     return load_model(folder, device, dtype), processor
-
-
-# ---- thresholds ----
-
-
-def read_thresholds(spec: str, folder: Path, config: LlavaConfig) -> tuple[tuple[float, ...], dict]:
-    """The tau_i that spec names, and the provenance that came with them.
-
-    spec: low, mid or high, looked for in the checkpoint's folder and then among those shipped for its vision tower;
-    or a file: a JSON list, one that `demo.py --calibrate` wrote (FILE:mid and FILE:high name another budget than low),
-    or a checkpoint of the authors (.pth), of which the thresholds alone are read.
-    """
-    tower = dataclasses.asdict(config.vision_config)
-    shipped = sorted((Path(__file__).parent / "thresholds").glob("*.json"))
-    if spec in BUDGETS:
-        for file in (folder / "thresholds.json", *shipped):
-            data = read_json(file)
-            if spec in data and all(tower.get(k) == v for k, v in dict(data.get("tower") or ()).items()):
-                return check_thresholds(data[spec], file, config), data
-        command = f"python demo.py --calibrate IMAGES_FOLDER --model {folder}"
-        raise ValueError(f"no {spec!r} thresholds are known for this vision tower; this finds them: {command}")
-    name, _, budget = spec.rpartition(":") if spec.endswith(tuple(f":{b}" for b in BUDGETS)) else (spec, "", "")
-    file = Path(name)
-    if not file.is_file():
-        raise ValueError(f"--tokens {spec!r} is neither full, low, mid or high nor a file")
-    if file.suffix in (".pth", ".pt", ".bin"):
-        return check_thresholds(read_pth(file), file, config), {}
-    data = read_json(file, (dict, list))
-    if isinstance(data, list) or "thresholds" in data:
-        return check_thresholds(data, file, config), data if isinstance(data, dict) else {}
-    budget = budget or next((b for b in BUDGETS if b in data), "low")
-    return check_thresholds(data.get(budget), file, config), data
-
-
-def read_pth(file: Path) -> list[float]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        found = [(int(m[1]), float(v)) for k, v in state.items() if (m := re.search(r"\.(\d+)\.threshold$", k))]
-    except Exception as e:  # UnpicklingError, RuntimeError, EOFError; or it is no dictionary of tensors
-        raise ValueError(f"{file}: not a checkpoint of plain tensors ({one_line(e)[:200]})") from e
-    if [i for i, _ in sorted(found)] != list(range(len(found))):
-        raise ValueError(f"{file}: the layers that have a threshold are {[i for i, _ in sorted(found)]}")
-    return [tau for _, tau in sorted(found)]
-
-
-def check_thresholds(values, file: Path, config: LlavaConfig) -> tuple[float, ...]:
-    values = values.get("thresholds") if isinstance(values, dict) else values
-    if not isinstance(values, list) or not all(type(t) in (int, float) and -1 <= t <= 1 for t in values):
-        raise ValueError(f"{file}: thresholds must be a list of numbers from -1 to 1")
-    config.check(DyMU(thresholds=tuple(values)))
-    return tuple(float(t) for t in values)

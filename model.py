@@ -319,8 +319,12 @@ class Llava(nn.Module):
         """ids (T,) with one image placeholder, pixels (3, H, W) -> logits (R, vocab): a row per text token and per
         unique visual token. Without pixels, a text-only prompt."""
         rows, token_at = self.splice(ids, None if pixels is None else self.encode(pixels, settings), settings.vtu)
+        return self.logits(rows, token_at, settings.queries)
+
+    def logits(self, rows: Tensor, token_at: Tensor, queries: int | None = None) -> Tensor:
+        """rows (R, D) and token_at (N,), as `splice` gives them -> logits (R, vocab)"""
         angles = rope_table(len(token_at), self.config.text_config, rows.device)
-        return self.head(self.language_model(rows, token_at, *angles, settings.queries))
+        return self.head(self.language_model(rows, token_at, *angles, queries))
 
     @torch.no_grad()
     def generate(self, ids, pixels: Tensor | None = None, settings: DyMU = DyMU(), max_new_tokens=128, **options):

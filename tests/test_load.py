@@ -16,8 +16,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import load as loading
+from budgets import read_thresholds
 from dymu import DyMU
-from load import Processor, choose_dtype, load, load_model, read_config, read_thresholds
+from load import Processor, choose_dtype, load, load_model, read_config
 from model import TextConfig, VisionConfig
 
 

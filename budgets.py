@@ -1,0 +1,84 @@
+"""Budgets of visual tokens, low, mid and high: the thresholds that meet them, from files or found anew (Eq. 4)."""
+
+import dataclasses
+import re
+import statistics
+from pathlib import Path
+
+import torch
+
+from dymu import DyMU, find_thresholds, schedule
+from load import one_line, read_json
+from model import LlavaConfig
+
+BUDGETS = {"low": 93 / 576, "mid": 208 / 576, "high": 392 / 576}  # share of the N tokens left, on average over images
+BATCH = 64  # images that share one ranking of edges in Eq. 4
+
+
+def merges(budget: str, config: LlavaConfig) -> tuple[int, ...]:
+    """The r_i that leave the budget's share of the N tokens at the layer that is read."""
+    return schedule(config.visual_tokens - round(config.visual_tokens * BUDGETS[budget]), config.vision_layers)
+
+
+def read_thresholds(spec: str, folder: Path, config: LlavaConfig) -> tuple[tuple[float, ...], dict]:
+    """The tau_i that spec names, and the provenance that came with them.
+
+    spec: low, mid or high, looked for in the checkpoint's folder and then among those shipped for its vision tower;
+    or a file: a JSON list, one that `demo.py --calibrate` wrote (FILE:mid and FILE:high name another budget than low),
+    or a checkpoint of the authors (.pth), of which the thresholds alone are read.
+    """
+    tower = dataclasses.asdict(config.vision_config)
+    shipped = sorted((Path(__file__).parent / "thresholds").glob("*.json"))
+    if spec in BUDGETS:
+        for file in (folder / "thresholds.json", *shipped):
+            data = read_json(file)
+            if spec in data and all(tower.get(k) == v for k, v in dict(data.get("tower") or ()).items()):
+                return check_thresholds(data[spec], file, config), data
+        command = f"python demo.py --calibrate IMAGES_FOLDER --model {folder}"
+        raise ValueError(f"no {spec!r} thresholds are known for this vision tower; this finds them: {command}")
+    name, _, budget = spec.rpartition(":") if spec.endswith(tuple(f":{b}" for b in BUDGETS)) else (spec, "", "")
+    file = Path(name)
+    if not file.is_file():
+        raise ValueError(f"--tokens {spec!r} is neither full, low, mid or high nor a file")
+    if file.suffix in (".pth", ".pt", ".bin"):
+        return check_thresholds(read_pth(file), file, config), {}
+    data = read_json(file, (dict, list))
+    if isinstance(data, list) or "thresholds" in data:
+        return check_thresholds(data, file, config), data if isinstance(data, dict) else {}
+    budget = budget or next((b for b in BUDGETS if b in data), "low")
+    return check_thresholds(data.get(budget), file, config), data
+
+
+def read_pth(file: Path) -> list[float]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        found = [(int(m[1]), float(v)) for k, v in state.items() if (m := re.search(r"\.(\d+)\.threshold$", k))]
+    except Exception as e:  # UnpicklingError, RuntimeError, EOFError; or it is no dictionary of tensors
+        raise ValueError(f"{file}: not a checkpoint of plain tensors ({one_line(e)[:200]})") from e
+    if [i for i, _ in sorted(found)] != list(range(len(found))):
+        raise ValueError(f"{file}: the layers that have a threshold are {[i for i, _ in sorted(found)]}")
+    return [tau for _, tau in sorted(found)]
+
+
+def check_thresholds(values, file: Path, config: LlavaConfig) -> tuple[float, ...]:
+    values = values.get("thresholds") if isinstance(values, dict) else values
+    if not isinstance(values, list) or not all(type(t) in (int, float) and -1 <= t <= 1 for t in values):
+        raise ValueError(f"{file}: thresholds must be a list of numbers from -1 to 1")
+    config.check(DyMU(thresholds=tuple(values)))
+    return tuple(float(t) for t in values)
+
+
+def calibrate(vision_tower, images):
+    """Eq. 4 for each budget: yields its name and what a file of thresholds says of it.
+
+    images: a function that is told what for, and gives all pixels (3, H, W) anew, one by one.
+    """
+    for budget in BUDGETS:
+        r = merges(budget, vision_tower.config)
+        thresholds = find_thresholds(vision_tower, images(f"{budget}, ranking"), r, BATCH)
+        with torch.inference_mode():
+            settings = DyMU(thresholds=thresholds)
+            count = [len(vision_tower(pixels, settings)[0]) for pixels in images(f"{budget}, counting")]
+        mean, std = statistics.fmean(count), statistics.pstdev(count)
+        yield budget, dict(images=len(count), tokens_mean=mean, tokens_std=std, r=r, thresholds=thresholds)
