@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dymu import DyMU, at_least_float32, attention, match, merge, query_positions, rotate, size_bias, vtu_attention
+from dymu import DyMU, at_least_float32, attention, match, merge, query_blocks, rotate, size_bias, vtu_attention
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # what OpenAI's CLIP was trained with
@@ -231,7 +231,7 @@ class DecoderLayer(nn.Module):
         self.gate_proj, self.up_proj = (nn.Linear(D, c.intermediate_size, c.mlp_bias) for _ in range(2))
         self.down_proj = nn.Linear(c.intermediate_size, D, c.mlp_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, token_at, at, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, token_at, blocks, cache: KVCache | None) -> Tensor:
         h = self.input_layernorm(x)
         q, k, v = (rearrange(p(h), "n (h d) -> h n d", d=self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
         if token_at is None:  # every row has one position, so its key is rotated once, before it is cached
@@ -241,7 +241,7 @@ class DecoderLayer(nn.Module):
         if token_at is None:
             out = attention(q, k, v, causal=len(x) > 1)
         else:  # differs from Llama: VTU. Cached keys are not rotated: they are expanded and rotated here, where used
-            out = vtu_attention(q, k, v, token_at, cos, sin, at=at)
+            out = vtu_attention(q, k, v, token_at, cos, sin, blocks=blocks)
         x = x + self.o_proj(rearrange(out, "h n d -> n (h d)"))
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(self.act(self.gate_proj(h)) * self.up_proj(h))
@@ -264,9 +264,9 @@ class Llama(nn.Module):
         cached = cache.rows if cache is not None else 0
         assert not cached or len(x) == 1, f"{len(x)} rows behind {cached} cached ones"
         merged = len(token_at) > cached + len(x)  # else each row stands at its own position, and this is plain Llama
-        at = query_positions(token_at, queries) if merged and not cached else None
+        blocks = query_blocks(token_at, queries) if merged and not cached else None
         for layer in self.layers:
-            x = layer(x, cos, sin, token_at if merged else None, at, cache)
+            x = layer(x, cos, sin, token_at if merged else None, blocks, cache)
         return self.norm(x)
 
 

@@ -6,7 +6,19 @@ import pytest
 import torch
 
 import dymu
-from dymu import DyMU, match, merge, query_positions, remerge, rope_scores, rotate, schedule, size_bias, vtu_attention
+from dymu import (
+    DyMU,
+    match,
+    merge,
+    query_blocks,
+    query_positions,
+    remerge,
+    rope_scores,
+    rotate,
+    schedule,
+    size_bias,
+    vtu_attention,
+)
 
 
 def angles(N, d, base=10000.0):
@@ -150,6 +162,15 @@ def test_query_positions_are_spread_evenly():
     for s in (1, 2, 3, 7):
         lists = [(token_at == t).nonzero().flatten().tolist() for t in range(13)]
         assert query_positions(token_at, s).tolist() == sorted(p for one in lists for p in spread(one, s))
+
+
+@pytest.mark.parametrize("queries", [None, 1, 4])
+def test_query_blocks_are_the_positions_in_order_with_what_they_see(queries):
+    token_at = random_map(90, 31)
+    blocks = query_blocks(token_at, queries)
+    assert torch.equal(torch.cat([at for at, _ in blocks]), query_positions(token_at, queries))
+    assert [seen for _, seen in blocks] == [int(at[-1]) + 1 for at, _ in blocks]
+    assert len(blocks) == (1 if queries is None else 8)
 
 
 def remerged_by_loops(q, k, v, token_at, cos, sin, queries):
