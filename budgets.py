@@ -1,11 +1,15 @@
 """Budgets of visual tokens, low, mid and high: the thresholds that meet them, from files or found anew (Eq. 4)."""
 
 import dataclasses
+import os
 import re
 import statistics
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from dymu import DyMU, find_thresholds, schedule
 from load import one_line, read_json
@@ -69,16 +73,68 @@ def check_thresholds(values, file: Path, config: LlavaConfig) -> tuple[float, ..
     return tuple(float(t) for t in values)
 
 
-def calibrate(vision_tower, images):
-    """Eq. 4 for each budget: yields its name and what a file of thresholds says of it.
+# ---- finding thresholds ----
 
-    images: a function that is told what for, and gives all pixels (3, H, W) anew, one by one.
+
+def gather(one) -> list:
+    """What every process of torchrun gives, in their order; of the only one without it."""
+    if not dist.is_initialized():
+        return [one]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, one)
+    return everyone
+
+
+def read_ahead(read, files: list[Path], ahead: int = 16):
+    """read(file) for each file, in order, done by threads in the background, never more than `ahead` at once."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        waiting = deque()
+        for file in files:
+            waiting.append(pool.submit(read, file))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def unreadable(read, files: list[Path], progress) -> dict[Path, str]:
+    """file -> what is wrong with it. Found first, so that batches hold the same pictures however many processes run."""
+
+    def check(file):
+        try:
+            read(file)
+        except ValueError as e:
+            return file, str(e)
+
+    mine = files[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else files
+    found = [bad for bad in progress(read_ahead(check, mine), len(mine), lambda: "reading") if bad]
+    return dict(bad for part in gather(found) for bad in part)
+
+
+def calibrate(vision_tower, read, files: list[Path], progress):
+    """Eq. 4 for each budget over pictures: yields its name and what a file of thresholds says of it.
+
+    read(file) -> pixels (3, H, W). progress(iterable, length, text) wraps what is gone through. Under torchrun each
+    process takes every K-th batch, and all yield the same.
     """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = [file for i, file in enumerate(files) if i // BATCH % world == rank]
     for budget in BUDGETS:
-        r = merges(budget, vision_tower.config)
-        thresholds = find_thresholds(vision_tower, images(f"{budget}, ranking"), r, BATCH)
+        r, count = merges(budget, vision_tower.config), []
+        batches, found = -(-len(mine) // BATCH), [0.0] * vision_tower.config.vision_layers
+        if mine or not files:
+            images = progress(read_ahead(read, mine), len(mine), lambda budget=budget: f"{budget}, ranking")
+            found = find_thresholds(vision_tower, images, r, BATCH)
+        parts = gather((batches, found))
+        total = sum(n for n, _ in parts)
+        thresholds = tuple(sum(n * taus[i] for n, taus in parts) / total for i in range(len(found)))
+
+        def so_far(budget=budget, count=count):
+            return f"{budget}, {statistics.fmean(count or [0]):.1f} tokens"
+
         with torch.inference_mode():
-            settings = DyMU(thresholds=thresholds)
-            count = [len(vision_tower(pixels, settings)[0]) for pixels in images(f"{budget}, counting")]
+            for pixels in progress(read_ahead(read, mine), len(mine), so_far):
+                count.append(len(vision_tower(pixels, DyMU(thresholds=thresholds))[0]))
+        count = [n for part in gather(count) for n in part]
         mean, std = statistics.fmean(count), statistics.pstdev(count)
         yield budget, dict(images=len(count), tokens_mean=mean, tokens_std=std, r=r, thresholds=thresholds)

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import os
 import sys
 import tempfile
 import time
@@ -60,6 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--tokens", default="full", metavar="T", help="full (default), low, mid, high, all four, or a file")
     p.add_argument("--vtu", default="all", metavar="Q", help="queries per token: all (default), 1, 2, ...; off: no VTU")
     p.add_argument("--method", default="dtome", choices=("dtome", "tome"), help="merge by threshold, or a fixed number")
+    p.add_argument("--expand-cache", action="store_true", help="keys and values of all N positions: faster, larger")
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (%(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of the sampling; 0 (default): greedy")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (%(default)s)")
@@ -102,6 +104,24 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def progress(items, length: int, text):
+    """A bar on standard error; text() says what goes on. Under torchrun the first process has it alone."""
+    for i, item in enumerate(items, 1):
+        yield item
+        if int(os.environ.get("RANK", 0)) == 0:
+            bar = "#" * (24 * i // length)
+            note(f"\r{text():<18} [{bar:<24}] {i}/{length}", end="\n" if i == length else "")
+
+
+def loading(names: list[str]):
+    """Shown only where it takes long: from the third second on."""
+    start = time.perf_counter()
+    for i, name in enumerate(names, 1):
+        if time.perf_counter() - start > 3:
+            note(f"\rloading {100 * i // len(names)} %", end="\n" if i == len(names) else "")
+        yield name
+
+
 # ---- asking ----
 
 
@@ -137,9 +157,9 @@ def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: to
     settings = read_settings(a, folder, processor)
     pixels, ids = processor.image(a.image), processor.prompt(a.question)  # so that bad input is told before a long load
     processor.config.check_length(len(ids) - 1 + processor.config.visual_tokens)
-    llava, panels, several = load_model(folder, device, a.dtype), [], len(settings) > 1
+    llava, panels, several = load_model(folder, device, a.dtype, progress=loading), [], len(settings) > 1
     asked = llava, processor, pixels, ids
-    options = dict(max_new_tokens=a.max_new_tokens, temperature=a.temperature, seed=a.seed)
+    options = dict(max_new_tokens=a.max_new_tokens, temperature=a.temperature, seed=a.seed, expand=a.expand_cache)
     stream = None if several or a.json else lambda text: print(text, end="", flush=True)
     if several and not a.json:
         print(f"{a.image}: {a.question}")
@@ -224,31 +244,32 @@ def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device:
     if not pictures.is_dir():
         raise ValueError(f"{pictures} is not a folder")
     files = sorted(f for f in pictures.iterdir() if f.suffix.lower() in Image.registered_extensions())
-    llava, unreadable = load_model(folder, device, a.dtype or "float32", only="vision_tower."), {}
-
-    def images(what: str):
-        for i, file in enumerate(files, 1):
-            bar = "#" * (24 * i // len(files))
-            note(f"\r{what:<16} [{bar:<24}] {i}/{len(files)} pictures", end="\n" if i == len(files) else "")
-            try:
-                if file not in unreadable:
-                    yield processor.image(file)
-            except ValueError as e:
-                unreadable[file] = e
-
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    first = int(os.environ.get("RANK", 0)) == 0
+    llava = load_model(folder, device, a.dtype or "float32", only="vision_tower.")
+    skipped = budgets.unreadable(processor.image, files, progress)
+    files = [file for file in files if file not in skipped]
     found = dict(model=a.model, preprocessing="pad" if processor.pad else "crop", schedule="constant")
     found |= dict(date=datetime.date.today().isoformat(), batch_size=budgets.BATCH)
     found |= dict(tower=asdict(llava.config.vision_config))
-    for budget, one in budgets.calibrate(llava.vision_tower, images):
+    for budget, one in budgets.calibrate(llava.vision_tower, processor.image, files, progress):
         found[budget] = one
-        mean, std = one["tokens_mean"], one["tokens_std"]
-        print(f"{budget}: {mean:.1f} +- {std:.1f} of {llava.config.visual_tokens} tokens")
-    for e in unreadable.values():
-        note(f"demo.py: skipped: {e}")
-    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
-    with whole(save) as part:
-        part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(f"wrote {save}")
+        if first:
+            mean, std = one["tokens_mean"], one["tokens_std"]
+            print(f"{budget}: {mean:.1f} +- {std:.1f} of {llava.config.visual_tokens} tokens")
+    if first:
+        for why in skipped.values():
+            note(f"demo.py: skipped: {why}")
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+        with whole(save) as part:
+            part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        print(f"wrote {save}; {len(skipped)} pictures skipped")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

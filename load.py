@@ -155,11 +155,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_model(folder: Path, device=None, dtype=None, only: str = "") -> Llava:
+def load_model(folder: Path, device=None, dtype=None, only: str = "", progress=iter) -> Llava:
     """Builds the model on the meta device and assigns the tensors of the memory-mapped shards: it never exists twice.
 
     Strict, before anything is read: a missing, left-over or misshapen tensor is a ValueError that names it.
-    only: a prefix; tensors whose name does not begin with it stay on the meta device.
+    only: a prefix; tensors whose name does not begin with it stay on the meta device. progress: wraps the list of names
+    that are read one by one, as tqdm would.
     """
     config, device, source = read_config(folder), choose_device(device), {}
     for file in weight_files(folder):
@@ -194,10 +195,9 @@ def load_model(folder: Path, device=None, dtype=None, only: str = "") -> Llava:
         raise ValueError(f"{folder}: tensor {missing[0]} is missing, one of {len(missing)}")
     half = config.dtype in ("float16", "bfloat16") if config.dtype else kinds <= {"F16", "BF16"}
     dtype = choose_dtype(dtype, device, half)
-    for name in wanted:
-        if name.startswith(only):
-            shard, key = source[name]
-            wanted[name] = shard.get_tensor(key).to(device, dtype)
+    for name in progress([name for name in wanted if name.startswith(only)]):
+        shard, key = source[name]
+        wanted[name] = shard.get_tensor(key).to(device, dtype)
     model.load_state_dict(wanted, assign=True)
     return model
 

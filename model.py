@@ -201,6 +201,15 @@ class KVCache:
             self.rows = end
         return self.kv[layer, 0, :, :end], self.kv[layer, 1, :, :end]
 
+    def expand(self, token_at: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """From rows to virtual positions, keys rotated: N entries instead of N_un, and steps are plain Llama's then."""
+        rows, self.rows, more = self.rows, len(token_at), self.kv.shape[3] - self.rows
+        kv = self.kv.new_empty(*self.kv.shape[:3], self.rows + more, self.kv.shape[4])
+        for new, (k, v) in zip(kv, self.kv[:, :, :, :rows]):
+            new[0, :, : self.rows] = rotate(k.index_select(1, token_at), cos.to(k.dtype), sin.to(k.dtype))
+            new[1, :, : self.rows] = v.index_select(1, token_at)
+        self.kv = kv
+
     @property
     def bytes(self) -> int:
         """Bytes of the rows held so far."""
@@ -339,11 +348,23 @@ class Llava(nn.Module):
         return KVCache(c, min(capacity, c.max_position_embeddings), like=self.language_model.embed_tokens.weight)
 
     @torch.no_grad()
-    def decode(self, rows, token_at, cache, queries=None, max_new_tokens=128, eos=None, temperature=0.0, seed=None):
+    def decode(
+        self,
+        rows,
+        token_at,
+        cache,
+        queries=None,
+        max_new_tokens=128,
+        eos=None,
+        temperature=0.0,
+        seed=None,
+        expand=False,
+    ):
         """Prefills rows and token_at, as `splice` gives them, into an empty cache; then yields one id at a time.
 
         Greedy, or with a temperature sampled from softmax(logits / temperature). Ends after max_new_tokens, where the
         model's positions end, or with an id of eos (one or several; None: the checkpoint's own), which is yielded too.
+        expand: after the prefill, trade the cache's memory for faster steps (`KVCache.expand`).
         """
         c, embedding = self.config.text_config, self.language_model.embed_tokens
         eos = self.config.eos_token_id if eos is None else (eos,) if isinstance(eos, int) else eos
@@ -362,4 +383,7 @@ class Llava(nn.Module):
             yield token
             if token in eos:
                 return
+            if expand and start == N and cache.rows < N:
+                cache.expand(token_at[:N], cos[:N], sin[:N])
+                token_at = torch.arange(end, device=rows.device)
             rows = embedding.weight[token][None]

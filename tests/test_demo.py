@@ -116,6 +116,12 @@ def test_characters_of_several_bytes_are_printed_whole(run, saved, photo, monkey
     assert run(photo, QUESTION, "--model", saved)[1].startswith("zwölf \ufffd\n")
 
 
+def test_an_expanded_cache(run, saved, photo):
+    argv = [photo, QUESTION, "--model", saved, "--tokens", "low", "--method", "tome", "--json", "--max-new-tokens", 9]
+    unique, expanded = (json.loads(run(*argv, *more)[1]) for more in ((), ("--expand-cache",)))
+    assert unique["answer"] == expanded["answer"] and unique["cache_bytes"] < expanded["cache_bytes"]
+
+
 def test_threads(run, saved, photo, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
@@ -161,7 +167,7 @@ def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
     (pictures / "broken.png").write_bytes(b"no picture")
     (pictures / "notes.txt").write_text("not one either")
     status, out, err = run("--calibrate", pictures, "--model", folder, "--device", "cpu")
-    assert status == 0 and "low: " in out and "broken.png" in err and "7/7 pictures" in err
+    assert status == 0 and "low: " in out and "broken.png" in err and "] 7/7" in err
     found = json.loads((folder / "thresholds.json").read_text())
     assert (found["preprocessing"], found["schedule"], found["model"]) == ("crop", "constant", str(folder))
     llava, processor = load(folder, "cpu")
@@ -174,6 +180,29 @@ def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
     assert found["high"]["tokens_mean"] == 11  # one batch: exactly the budget
     assert run(pictures / "1.png", QUESTION, "--model", folder, "--tokens", "mid", "--max-new-tokens", 2)[0] == 0
     assert not list(folder.glob(".demo-*"))
+
+
+def test_calibration_over_two_processes_gives_the_same(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("budgets.BATCH", 2)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(7):
+        Image.effect_noise((4 + 9 * i, 60), 90).convert("RGB").save(pictures / f"{i}.png")
+    (pictures / "3.png").write_bytes(b"broken")
+    assert run("--calibrate", pictures, "--model", folder, "--device", "cpu")[0] == 0
+    alone = json.loads((folder / "thresholds.json").read_text())
+    script = f"import sys, budgets, demo; budgets.BATCH = 2; demo.main({['--calibrate', str(pictures)]} + sys.argv[1:])"
+    (tmp_path / "two.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", tmp_path / "two.py"]
+    command += ["--model", folder, "--device", "cpu", "--save", tmp_path / "two.json"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1 and "1 pictures skipped" in done.stdout
+    two = json.loads((tmp_path / "two.json").read_text())
+    for budget in ("low", "mid", "high"):
+        assert two[budget]["thresholds"] == pytest.approx(alone[budget]["thresholds"], abs=1e-12)
+        assert two[budget]["tokens_mean"] == alone[budget]["tokens_mean"] and two[budget]["images"] == 6
 
 
 def test_a_calibration_that_fails_leaves_nothing(run, folder, photo, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dymu
 from dymu import (
@@ -49,6 +50,19 @@ def test_match_is_the_best_cosine_between_alternating_tokens():
         assert abs(score[i] - max(cosines)) < 1e-12
     assert match(keys, class_token=False)[0][0] > -1
     assert match(torch.ones(6, 3) / 3)[0].max() <= 1  # rounding does not reach over a threshold of 1
+
+
+def test_matching_in_float32_flips_no_merge_beyond_ties():
+    """Against float64, at ViT-L's size and with keys as alike as a picture's: only ties may fall either way."""
+    keys = torch.randn(577, 64, dtype=torch.float64) * 0.2 + torch.randn(64, dtype=torch.float64)
+    (score, partner), (exact, exact_partner) = match(keys.float()), match(keys)
+    cosines = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
+    best_two = cosines.topk(2, dim=-1).values
+    flipped = (partner != exact_partner) & ((best_two[:, 0] - best_two[:, 1]) > 1e-6)
+    assert not flipped[1:].any()
+    assert (score[1:] - exact[1:]).abs().max() < 1e-6
+    r = DyMU(r=(21,))
+    assert (r.edges(score, 0) != r.edges(exact, 0)).sum() == 0
 
 
 def merged_by_sets(x, positions, partner, keep):
@@ -201,7 +215,7 @@ def test_eq10_eq11_as_run_equals_the_loops(queries, kv_heads):
 
 def test_eq11_remerge_is_the_pseudo_inverse_of_the_map():
     token_at, x = random_map(12, 5), torch.randn(3, 12, 4, dtype=torch.float64)
-    M = torch.nn.functional.one_hot(token_at).double()
+    M = F.one_hot(token_at).double()
     torch.testing.assert_close(remerge(x, token_at, 5), torch.linalg.inv(M.T @ M) @ M.T @ x)
 
 

@@ -340,6 +340,18 @@ def test_cache_of_a_merged_prompt(llava, ids, pixels):
     assert sizes[0] - sizes[1] == sum(MERGED.r)
 
 
+def test_an_expanded_cache_gives_the_same_answer_from_more_memory(llava, ids, pixels):
+    rows, token_at = llava.splice(ids, llava.encode(pixels, MERGED))
+    caches = [llava.new_cache(len(rows) + 8) for _ in range(2)]
+    unique, expanded = (
+        list(llava.decode(rows, token_at, cache, max_new_tokens=8, eos=(), expand=expand))
+        for cache, expand in zip(caches, (False, True))
+    )
+    assert unique == expanded
+    assert (caches[0].rows, caches[1].rows) == (len(rows) + 7, len(token_at) + 7)
+    assert caches[1].bytes == caches[0].bytes // caches[0].rows * caches[1].rows
+
+
 def test_generation_ends_with_an_eos_which_it_yields(llava, ids, pixels):
     free = list(llava.generate(ids, pixels, max_new_tokens=8, eos=()))
     stop = free[3]
