@@ -165,39 +165,40 @@ def load_model(folder: Path, device=None, dtype=None, only: str = "", progress=i
     config, device, source = read_config(folder), choose_device(device), {}
     for file in weight_files(folder):
         try:
-            shard = safe_open(file, framework="pt")
+            with safe_open(file, framework="pt") as shard:
+                found = {k: (shard.get_slice(k).get_shape(), shard.get_slice(k).get_dtype()) for k in shard.keys()}  # noqa: SIM118
         except Exception as e:  # SafetensorError, OSError
             raise ValueError(f"{file}: not a whole safetensors file ({one_line(e)})") from e
-        for key in shard.keys():  # noqa: SIM118 (it is no dict)
+        for key, (shape, kind) in found.items():
             name = key
             for pattern, replacement in KEYS:
                 name = re.sub(pattern, replacement, name)
             if name in source:
                 raise ValueError(f"{file}: tensor {key} is there twice")
-            source[name] = shard, key
+            source[name] = file, key, shape, kind
     if "lm_head.weight" in source:
         config.tie_word_embeddings = False  # a head of its own goes before what config.json says, as in transformers
     with torch.device("meta"):
         model = Llava(config).eval().requires_grad_(False)
     wanted, kinds = model.state_dict(), set()
-    for name, (shard, key) in source.items():
+    for name, (file, key, shape, kind) in source.items():
         block = re.match(r"vision_tower\.layers\.(\d+)\.", name)
         if name in wanted:
-            shape, kind = shard.get_slice(key).get_shape(), shard.get_slice(key).get_dtype()
             kinds.add(kind)
             if shape != list(wanted[name].shape):
-                raise ValueError(f"{folder}: tensor {key} is {shape}, config.json says {list(wanted[name].shape)}")
+                raise ValueError(f"{file}: tensor {key} is {shape}, config.json says {list(wanted[name].shape)}")
             if kind not in ("F64", "F32", "F16", "BF16"):
-                raise ValueError(f"{folder}: tensor {key} is {kind}; quantised checkpoints are not supported")
+                raise ValueError(f"{file}: tensor {key} is {kind}; quantised checkpoints are not supported")
         elif not re.search(IGNORED, name) and not (block and int(block[1]) >= config.vision_layers):
-            raise ValueError(f"{folder}: tensor {key} has no place in the model")
+            raise ValueError(f"{file}: tensor {key} has no place in the model")
     if missing := sorted(wanted.keys() - source.keys()):
         raise ValueError(f"{folder}: tensor {missing[0]} is missing, one of {len(missing)}")
     half = config.dtype in ("float16", "bfloat16") if config.dtype else kinds <= {"F16", "BF16"}
     dtype = choose_dtype(dtype, device, half)
     for name in progress([name for name in wanted if name.startswith(only)]):
-        shard, key = source[name]
-        wanted[name] = shard.get_tensor(key).to(device, dtype)
+        file, key, _, _ = source[name]
+        with safe_open(file, framework="pt") as shard:  # anew for each, so that what is converted leaves the memory
+            wanted[name] = shard.get_tensor(key).to(device, dtype)
     model.load_state_dict(wanted, assign=True)
     return model
 

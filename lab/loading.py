@@ -1,0 +1,69 @@
+"""Peak resident memory and time of loading a checkpoint of LLaVA-1.5-7B's shape, in float16 and converted to bfloat16.
+
+    python -m lab.loading            # Linux or macOS; a sparse file of 14 GB in a temporary folder, which takes no disk
+
+Each load runs in a process of its own, which then reads a byte of every page, so that mapped weights count as well.
+"""
+
+import argparse
+import json
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from load import load_model, read_config
+from model import Llava
+
+
+def write_checkpoint(folder: Path) -> None:
+    text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
+    config = {
+        "model_type": "llava",
+        "torch_dtype": "float16",
+        "text_config": text,
+    }  # all else as transformers' defaults
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        tensors = Llava(read_config(folder)).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    packed = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(packed)) + packed)
+        file.truncate(8 + len(packed) + end)
+
+
+def peak() -> float:
+    """GiB of resident memory, at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def measure(folder: Path, dtype: str) -> None:
+    before, start = peak(), time.perf_counter()
+    parameters = list(load_model(folder, "cpu", dtype).parameters())
+    seconds = time.perf_counter() - start
+    for p in parameters:
+        p.view(-1)[::2048].sum()  # 4 KiB of two-byte numbers are a page
+    weights = sum(p.numel() * p.element_size() for p in parameters) / 2**30
+    print(f"{dtype}: weights {weights:.2f} GiB, peak {before:.2f} -> {peak():.2f} GiB, loaded in {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--one", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        measure(Path(args.one[0]), args.one[1])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(Path(folder))
+            for dtype in ("float16", "bfloat16"):
+                subprocess.run([sys.executable, "-m", "lab.loading", "--one", folder, dtype], check=True)
