@@ -31,7 +31,10 @@ EXAMPLES = """examples:
   python demo.py photo.jpg "What is on the table?" --tokens low --vtu off    the same without virtual unmerging
   python demo.py --calibrate photos/ --model my-llava                   finds low, mid and high for another model
 """
-SAMPLE = str(Path(__file__).parent / "tiny" / "sample.png"), "QUESTION"  # what the demo without arguments asks
+SHOWCASE = [  # what it does without arguments
+    *(str(Path(__file__).parent / "tiny" / "sample.png"), "what is in the image from left to right?"),
+    *("--model", "tiny", "--tokens", "all", "--show", "merged.png"),
+]
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,10 +80,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    a = parse(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    a = parse(argv or SHOWCASE)
     try:
-        if argv == [] or (argv is None and len(sys.argv) == 1):
-            a = parse([*SAMPLE, "--model", "tiny", "--tokens", "all", "--show", "merged.png"])
         if a.calibrate is None and a.question is None:
             raise ValueError("IMAGE and QUESTION are needed, or --calibrate FOLDER; --help shows examples")
         if a.max_new_tokens < 1:

@@ -294,7 +294,7 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
     "argv, message",
     [
         (["PHOTO"], "IMAGE and QUESTION are needed"),
-        ([], "IMAGE and QUESTION are needed"),
+        (["--json"], "IMAGE and QUESTION are needed"),
         (["PHOTO", ""], "question is empty"),
         (["PHOTO", "  "], "question is empty"),
         (["PHOTO", "why " * 700], "positions, the model has 2048"),
