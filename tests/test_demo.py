@@ -4,14 +4,12 @@ import json
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_load import edit, picture
@@ -23,16 +21,6 @@ from model import Llava
 
 REPOSITORY = Path(__file__).parent.parent
 QUESTION = "What is in the picture?"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "checkpoint")
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import IMAGE, LLAVA_15_TEMPLATE, make
+from checkpoints import IMAGE, LLAVA_15_TEMPLATE
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -20,17 +19,6 @@ from budgets import read_thresholds
 from dymu import DyMU
 from load import Processor, choose_dtype, load, load_model, read_config
 from model import TextConfig, VisionConfig
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    """A copy that a test may change."""
-    return shutil.copytree(saved, tmp_path / "checkpoint")
 
 
 def edit(file, **changes):

@@ -20,18 +20,13 @@ QUESTION = "What is in the picture?"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("plain"))
+def llava(saved):
+    return load(saved, "cpu")[0]
 
 
 @pytest.fixture(scope="module")
-def llava(folder):
-    return load(folder, "cpu")[0]
-
-
-@pytest.fixture(scope="module")
-def ids(folder):
-    return load(folder, "cpu")[1].prompt(QUESTION)
+def ids(saved):
+    return load(saved, "cpu")[1].prompt(QUESTION)
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +168,12 @@ def encoder_by_sets(folder, pixels, thresholds):
 
 
 @pytest.mark.parametrize("budget", [(2, 2, 2), (4, 3, 2), (6, 3, 1)])
-def test_eq1_to_eq5_encoder_equals_token_by_token(folder, llava, images, budget):
+def test_eq1_to_eq5_encoder_equals_token_by_token(saved, llava, images, budget):
     found = find_thresholds(llava.vision_tower, images, budget, 6)
     thresholds = tuple(tau + 1e-4 for tau in found)  # off the score of the edge that each was read from
     for image in images:
         x, token_at = llava.vision_tower(image, DyMU(thresholds=thresholds))
-        expected, positions = encoder_by_sets(folder, image, thresholds)
+        expected, positions = encoder_by_sets(saved, image, thresholds)
         torch.testing.assert_close(x, expected[1:], rtol=1e-4, atol=1e-5)
         assert [{p + 1 for p in (token_at == t).nonzero().flatten().tolist()} for t in range(len(x))] == positions[1:]
         assert positions[0] == {0}
