@@ -1,0 +1,1 @@
+"""What surrounds the core and is never imported by it: the drawn scenes, the training of tiny/, the experiments."""
