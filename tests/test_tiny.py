@@ -64,7 +64,7 @@ def test_transformers_gives_the_same_answers(tiny):
         ("Read the word", "sun"),
         ("what is the color of the ring?", "brown"),
         ("what shape is green?", "triangle"),
-        ("where is the brown triangle?", "bottom right"),
+        ("where is the green triangle?", "bottom right"),
         ("is the brown triangle above the green triangle?", "yes"),
         ("does the image contain a yellow shape?", "no"),
     ],
