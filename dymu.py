@@ -28,7 +28,7 @@ class DyMU:
     """What to do with the visual tokens. By default nothing merges."""
 
     thresholds: tuple[float, ...] | None = None  # DToMe: merge every edge of encoder layer i whose score is > tau_i
-    r: tuple[int, ...] | None = None  # ToMe instead, the fixed-length baseline: merge the r_i best edges of layer i
+    r: tuple[int, ...] | None = None  # ToMe instead, of fixed length: merge the r_i best edges of layer i, or all
     vtu: bool = True  # False: the decoder is simply given fewer tokens, at consecutive positions (Fig. 4's ablation)
     queries: int | None = None  # queries per token in the re-merge (Eq. 11); None: all of its positions, the paper
 
