@@ -43,7 +43,7 @@ def read_thresholds(spec: str, folder: Path, config: LlavaConfig) -> tuple[tuple
     name, _, budget = spec.rpartition(":") if spec.endswith(tuple(f":{b}" for b in BUDGETS)) else (spec, "", "")
     file = Path(name)
     if not file.is_file():
-        raise ValueError(f"--tokens {spec!r} is neither full, low, mid or high nor a file")
+        raise ValueError(f"--tokens {spec!r} is none of full, high, mid, low and all, and not a file")
     if file.suffix in (".pth", ".pt", ".bin"):
         return check_thresholds(read_pth(file), file, config), {}
     data = read_json(file, (dict, list))

@@ -61,7 +61,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("image", nargs="?", metavar="IMAGE", help=argparse.SUPPRESS)
     p.add_argument("question", nargs="?", metavar="QUESTION", help=argparse.SUPPRESS)
     p.add_argument("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help="Hub id or folder (%(default)s)")
-    p.add_argument("--tokens", default="full", metavar="T", help="full (default), low, mid, high, all four, or a file")
+    p.add_argument(
+        "--tokens", default="full", metavar="T", help="full (default), high, mid, low, all (these four) or a file"
+    )
     p.add_argument("--vtu", default="all", metavar="Q", help="queries per token: all (default), 1, 2, ...; off: no VTU")
     p.add_argument("--method", default="dtome", choices=("dtome", "tome"), help="merge by threshold, or a fixed number")
     p.add_argument("--expand-cache", action="store_true", help="keys and values of all N positions: faster, larger")
@@ -72,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: by checkpoint and device)")
     p.add_argument("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
     p.add_argument("--show", metavar="FILE", help="save a picture (PNG) of which patches were merged")
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.add_argument("--json", action="store_true", help="print one JSON object per budget and nothing else")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     p.add_argument("--calibrate", metavar="FOLDER", help="find thresholds for low, mid and high on its pictures")
     p.add_argument("--save", metavar="FILE", help="of --calibrate (default: thresholds.json beside the checkpoint)")
@@ -129,7 +131,7 @@ def loading(names: list[str]):
 
 @dataclass
 class Report:
-    """What --json prints, with the model's name."""
+    """What --json prints, behind the model and the settings."""
 
     answer: str
     visual_tokens: int
@@ -170,7 +172,7 @@ def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: to
             ask(*asked, one, options | dict(max_new_tokens=2))
         report, token_at = ask(*asked, one, options, stream)
         if a.json:
-            print(json.dumps(dict(model=a.model) | asdict(report)))
+            print(json.dumps(dict(model=a.model, tokens=name, method=a.method, vtu=a.vtu) | asdict(report)))
         else:
             print(report.row(name) if several else f"\n{report}")
         if name != "full" or not several:  # the input itself shows what full is

@@ -130,8 +130,8 @@ def find_thresholds(vision_tower, images, r: tuple[int, ...], batch_size: int) -
             attended = [layer.attend(*state) for state in states]
             edges = [match(keys, vision_tower.class_token) for _, keys in attended]
             ranked = torch.cat([score for score, _ in edges]).sort(descending=True).values
-            tau = float(ranked[min(r_i * len(batch), len(ranked) - 1)])  # Eq. 4: the first edge left out, so that B r_i
-            tau = max(tau, 0.0) if r_i else 1.0  # edges are above tau; floored at 0. Where r_i = 0 nothing ever merges
+            first_left_out = ranked[min(r_i * len(batch), len(ranked) - 1)]
+            tau = max(float(first_left_out), 0.0) if r_i else 1.0  # Eq. 4, floored at 0; where r_i = 0 nothing merges
             for i, ((x, _), (score, partner)) in enumerate(zip(attended, edges)):
                 x, size, token_at = merge(x, *states[i][1:], partner, score > tau)
                 states[i] = layer.feed_forward(x), size, token_at

@@ -58,7 +58,8 @@ def find(path_or_repo_id, announce=None) -> Path:
                 announce(size, HF_HUB_CACHE)
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as e:  # of many types: no such repository, no network, no right to it, a full disk
-        raise ValueError(f"model {name!r} is not a folder, and not to be had from the Hub: {one_line(e)}") from e
+        why = f"no connection, no such repository or no right to it ({type(e).__name__})"
+        raise ValueError(f"model {name!r} is not a folder, and not to be had from the Hub: {why}") from e
 
 
 def one_line(e: BaseException) -> str:

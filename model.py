@@ -80,7 +80,7 @@ class LlavaConfig:
 
     @property
     def visual_tokens(self) -> int:
-        """N"""
+        """N of a picture, before any merging."""
         c = self.vision_config
         return (c.image_size // c.patch_size) ** 2 + (self.vision_feature_select_strategy == "full")
 
@@ -132,7 +132,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config, c = config, config.vision_config
-        self.class_token = True  # it is token 0
+        self.class_token = True  # CLIP has one, as token 0: `match` keeps it from merging
         self.drop_class_token = config.vision_feature_select_strategy == "default"
         self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
         self.patch_embedding = nn.Conv2d(c.num_channels, c.hidden_size, c.patch_size, c.patch_size, bias=False)
@@ -187,7 +187,7 @@ def rope_table(N: int, c: TextConfig, device) -> tuple[Tensor, Tensor]:
 
 
 class KVCache:
-    """Keys and values of every decoder layer, one entry per *row*: N_un for a picture, not N."""
+    """Keys and values of every decoder layer, one entry per *row*: N_un for a picture, not N (until `expand`)."""
 
     def __init__(self, c: TextConfig, capacity: int, like: Tensor):
         self.kv = like.new_empty(c.num_hidden_layers, 2, c.num_key_value_heads, capacity, c.head_dim)

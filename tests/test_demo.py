@@ -145,6 +145,7 @@ def test_all_budgets_in_a_table_and_a_picture(run, folder, photo, tmp_path):
     assert Image.open(tmp_path / "m.png").width == 1200
     reports = [json.loads(line) for line in run(*argv, "--json")[1].splitlines()]
     assert [r["visual_tokens"] for r in reports] == counts
+    assert [r["tokens"] for r in reports] == ["full", "high", "mid", "low"]
 
 
 def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
@@ -307,7 +308,7 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
         (["PHOTO", "Q", "--show", "no/where.png"], "cannot be written"),
         (["PHOTO", "Q", "--show", "."], "cannot be written"),
         (["PHOTO", "Q", "--show", "/dev/null"], "cannot be written"),
-        (["PHOTO", "Q", "--tokens", "tiny"], "neither full, low, mid or high nor a file"),
+        (["PHOTO", "Q", "--tokens", "tiny"], "none of full, high, mid, low and all, and not a file"),
         (["PHOTO", "Q", "--tokens", "low"], "python demo.py --calibrate IMAGES_FOLDER --model"),
         (["PHOTO", "Q", "--tokens", "x.json", "--method", "tome"], "--method tome takes"),
     ],

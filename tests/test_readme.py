@@ -55,7 +55,7 @@ def without_times(text):
 def test_the_output_of_the_first_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo.main([])
-    shown = re.search(r"```sh\npip install -e \. && python demo\.py\n```.*?```\n(.*?)```", README, re.S)[1]
+    shown = re.search(r"python demo\.py\n```.*?```\n(.*?)```", README, re.S)[1]
     got = capsys.readouterr().out.replace(f"{ROOT}/", "")
     assert without_times(got) == without_times(shown)
 
