@@ -57,12 +57,12 @@ def read_pth(file: Path) -> list[float]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-        found = [(int(m[1]), float(v)) for k, v in state.items() if (m := re.search(r"\.(\d+)\.threshold$", k))]
+        found = sorted((int(m[1]), float(v)) for k, v in state.items() if (m := re.search(r"\.(\d+)\.threshold$", k)))
     except Exception as e:  # UnpicklingError, RuntimeError, EOFError; or it is no dictionary of tensors
         raise ValueError(f"{file}: not a checkpoint of plain tensors ({one_line(e)[:200]})") from e
-    if [i for i, _ in sorted(found)] != list(range(len(found))):
-        raise ValueError(f"{file}: the layers that have a threshold are {[i for i, _ in sorted(found)]}")
-    return [tau for _, tau in sorted(found)]
+    if (layers := [i for i, _ in found]) != list(range(len(found))):
+        raise ValueError(f"{file}: the layers that have a threshold are {layers}")
+    return [tau for _, tau in found]
 
 
 def check_thresholds(values, file: Path, config: LlavaConfig) -> tuple[float, ...]:
@@ -76,12 +76,16 @@ def check_thresholds(values, file: Path, config: LlavaConfig) -> tuple[float, ..
 # ---- finding thresholds ----
 
 
+def process() -> tuple[int, int]:
+    """Which of torchrun's processes this is, and how many there are; without it the first of one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gather(one) -> list:
-    """What every process of torchrun gives, in their order; of the only one without it."""
-    if not dist.is_initialized():
-        return [one]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, one)
+    """What every process gives, in their order."""
+    everyone = [one] * process()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, one)
     return everyone
 
 
@@ -106,7 +110,8 @@ def unreadable(read, files: list[Path], progress) -> dict[Path, str]:
         except ValueError as e:
             return file, str(e)
 
-    mine = files[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else files
+    rank, world = process()
+    mine = files[rank::world]
     found = [bad for bad in progress(read_ahead(check, mine), len(mine), lambda: "reading") if bad]
     return dict(bad for part in gather(found) for bad in part)
 
@@ -117,7 +122,7 @@ def calibrate(vision_tower, read, files: list[Path], progress):
     read(file) -> pixels (3, H, W). progress(iterable, length, text) wraps what is gone through. Under torchrun each
     process takes every K-th batch, and all yield the same.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = process()
     mine = [file for i, file in enumerate(files) if i // BATCH % world == rank]
     for budget in BUDGETS:
         r, count = merges(budget, vision_tower.config), []

@@ -112,7 +112,7 @@ def progress(items, length: int, text):
     """A bar on standard error; text() says what goes on. Under torchrun the first process has it alone."""
     for i, item in enumerate(items, 1):
         yield item
-        if int(os.environ.get("RANK", 0)) == 0:
+        if budgets.process()[0] == 0:
             bar = "#" * (24 * i // length)
             note(f"\r{text():<18} [{bar:<24}] {i}/{length}", end="\n" if i == length else "")
 
@@ -204,11 +204,11 @@ def ask(llava, processor: Processor, pixels, ids, settings: DyMU, options: dict,
             if not new:
                 prefilled = time.perf_counter()
             new.append(token)
-            text = processor.decode(new)
-            if stream and not text.endswith("\ufffd"):  # else a character of which some bytes are still to come
+            if stream and not (text := processor.decode(new)).endswith("\ufffd"):  # else more bytes of it are to come
                 stream(text[len(shown) :])
                 shown = text
         end = time.perf_counter()
+    text = processor.decode(new)
     if stream:
         stream(text[len(shown) :])
     for hook in hooks:
@@ -253,7 +253,7 @@ def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = budgets.process()[0] == 0
     llava = load_model(folder, device, a.dtype or "float32", only="vision_tower.")
     skipped = budgets.unreadable(processor.image, files, progress)
     files = [file for file in files if file not in skipped]
