@@ -26,7 +26,6 @@ import random
 import statistics
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +35,7 @@ from torch import Tensor
 
 from budgets import BUDGETS, merges, read_thresholds
 from dymu import DyMU, find_thresholds, schedule
-from lab.scenes import GRID, HELD_OUT, KINDS, ask, blind_guess, place_things, scene
+from lab.scenes import GRID, HELD_OUT, KINDS, ask, blind_guess, easy_pictures, place_things, scene
 from load import find, load, one_line, read_config, read_json
 
 VTU = {"VTU": {}, "VTU with 1 query": dict(queries=1), "no VTU": dict(vtu=False)}
@@ -84,14 +83,9 @@ def all_settings(folder: Path, pool: ProcessPoolExecutor) -> dict[str, DyMU]:
     return {"full": DyMU()} | rows | {f"DToMe mid, VTU, {name}": DyMU(thresholds=found[name]) for name in OTHERS}
 
 
-def easy_pictures(split: str) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """easy-VQA's pictures as files, each with its (kind, question, answer)s."""
-    import easy_vqa  # here, because to print the tables one needs neither it nor its pictures
-
-    asked, files = defaultdict(list), getattr(easy_vqa, f"get_{split}_image_paths")()
-    for question, answer, picture in zip(*getattr(easy_vqa, f"get_{split}_questions")()):
-        asked[picture].append(("easy-VQA", question, answer))
-    return [(files[picture], asked[picture]) for picture in sorted(files)]
+def easy_list(split: str) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """easy-VQA's pictures as files, each with its (kind, question, answer)s, by their number."""
+    return [one for _, one in sorted(easy_pictures(split, "easy-VQA").items())]
 
 
 @torch.inference_mode()
@@ -173,7 +167,7 @@ def summarise(scenes: list[dict], easy: list[dict], names: list[str]) -> dict:
         shown = "full", *(f"{method} {budget}, VTU" for budget in BUDGETS for method in ("ToMe", "DToMe"))
         thirds[label] = {name: dict(tokens=mean_std(third, name), accuracy=interval(values[name])) for name in shown}
     # what one would get right without the picture
-    seen = [item for _, questions in easy_pictures("train") for item in questions]
+    seen = [item for _, questions in easy_list("train") for item in questions]
     for seed in range(BLIND_SCENES):
         rng = random.Random(seed)
         seen += ask(rng, place_things(rng, rng.random(), GRID, (0, 0)), 10)
@@ -240,7 +234,7 @@ def dump(results, depth: int = 2) -> str:
 def measure(a: argparse.Namespace) -> dict:
     start, folder, first = time.perf_counter(), find(a.model), HELD_OUT + 1_000_000 * (1 + a.seed)
     scenes = range(first, first + (1000 if a.full else a.n))
-    easy = easy_pictures("test")[: 1000 if a.full else a.n // 2]
+    easy = easy_list("test")[: 1000 if a.full else a.n // 2]
     found, context = [], multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(a.processes, context, torch.set_num_threads, (1,)) as pool:
         print("finding thresholds", file=sys.stderr)

@@ -302,6 +302,16 @@ def pointers(question, things):
     return out
 
 
+def easy_pictures(split, kind):
+    """The public easy-VQA, "train" or "test": picture number -> (its file, [(kind, question, answer)])."""
+    import easy_vqa  # here, because to draw scenes one needs neither it nor its pictures
+
+    asked, files = defaultdict(list), getattr(easy_vqa, f"get_{split}_image_paths")()
+    for question, answer, picture in zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True):
+        asked[picture].append((kind, question, answer))
+    return {picture: (file, asked[picture]) for picture, file in files.items()}
+
+
 def blind_guess(seen, items):
     """Kind -> accuracy on `items` of the best guess without the picture: the most frequent answer in `seen` to the very
     question, or to its kind where the question is not among them. Both are lists of (kind, question, answer)."""

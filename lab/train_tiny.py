@@ -54,6 +54,7 @@ from lab.scenes import (
     ask_counting,
     ask_relation,
     blind_guess,
+    easy_pictures,
     place_things,
     pointers,
     scene,
@@ -187,16 +188,8 @@ def save(model, processor, folder, facts):
 # The data
 
 
-def easy_pictures(split):
-    """easy-VQA -> one (path, [(kind, question, answer)]) per picture."""
-    get = {
-        "train": (easy_vqa.get_train_image_paths, easy_vqa.get_train_questions),
-        "test": (easy_vqa.get_test_image_paths, easy_vqa.get_test_questions),
-    }[split]
-    asked = defaultdict(list)
-    for question, answer, picture in zip(*get[1](), strict=True):
-        asked[picture].append(("easy", question, answer))
-    return [(path, asked[picture]) for picture, path in get[0]().items()]
+def easy_list(split):
+    return list(easy_pictures(split, "easy").values())
 
 
 def scene_sample(seed, level=None, side=GRID, questions=10):
@@ -275,7 +268,7 @@ class Batches(IterableDataset):
         self.tokenizer, self.seed, self.start, self.progress = tokenizer, seed, start, progress
 
     def __iter__(self):
-        easy, worker = easy_pictures("train"), get_worker_info()
+        easy, worker = easy_list("train"), get_worker_info()
         step = self.start + worker.id  # the loader takes from its workers in turn
         while True:
             rng = random.Random(f"{self.seed} {step}")
@@ -425,7 +418,7 @@ def main():
         num_workers=1 if device == "cpu" else os.cpu_count() - 1, prefetch_factor=4,
     )  # fmt: skip
     held_out = [scene_sample(HELD_OUT + i) for i in range(150)]
-    easy = [easy_sample(*e) for e in easy_pictures("test")]
+    easy = [easy_sample(*e) for e in easy_list("test")]
     print(f"{sum(p.numel() for p in model.parameters())} parameters, vocabulary {tokenizer.get_vocab_size()}, {device}")
 
     def measure(samples, **more):
@@ -491,7 +484,7 @@ def main():
             start, last_eval = time.time() - state["seconds"], time.time()  # measuring is not training
 
     everything = [scene_sample(HELD_OUT + i) for i in range(600)] + easy
-    seen = [q for i in range(5000) for q in scene(i).questions] + [q for _, qs in easy_pictures("train") for q in qs]
+    seen = [q for i in range(5000) for q in scene(i).questions] + [q for _, qs in easy_list("train") for q in qs]
     blind = blind_guess(seen, [q for *_, questions in everything for q in questions])
     blind = {k: round(100 * blind[k], 1) for k in EVERY_KIND}
     print(f"held out, exact answers in %: {measure(everything, blind_guess=blind)}\nthe best blind guess: {blind}")
