@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +22,11 @@ from PIL import Image
 
 import budgets
 import show
+from anyres import Picture, positions
 from budgets import BUDGETS, merges, read_thresholds
 from dymu import DyMU
-from load import Processor, choose_device, find, load_model, one_line
+from load import Processor, choose_device, find, load_model
+from pictures import is_video, one_line, read_frames, read_picture
 
 EXAMPLES = """examples:
   python demo.py photo.jpg "What is on the table?"                      all visual tokens: the plain model
@@ -53,18 +56,23 @@ def note(message: str, end: str = "\n") -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(
-        usage="demo.py IMAGE QUESTION [options] | demo.py --calibrate FOLDER [options]",
+        usage="demo.py IMAGE ... QUESTION [options] | demo.py --calibrate FOLDER [options]",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=110),
     )
-    p.add_argument("image", nargs="?", metavar="IMAGE", help=argparse.SUPPRESS)
-    p.add_argument("question", nargs="?", metavar="QUESTION", help=argparse.SUPPRESS)
+    p.add_argument(
+        "inputs", nargs="*", metavar="IMAGE ... QUESTION", help="pictures; or a GIF, folder or film; a question"
+    )
     p.add_argument("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help="Hub id or folder (%(default)s)")
     p.add_argument(
         "--tokens", default="full", metavar="T", help="full (default), high, mid, low, all (these four) or a file"
     )
     p.add_argument("--vtu", default="all", metavar="Q", help="queries per token: all (default), 1, 2, ...; off: no VTU")
+    p.add_argument("--frames", type=int, default=8, metavar="N", help="of a video, evenly spread (%(default)s)")
+    p.add_argument(
+        "--temporal", type=float, metavar="TAU", help="join what is more alike than this to the frame before"
+    )
     p.add_argument("--method", default="dtome", choices=("dtome", "tome"), help="merge by threshold, or a fixed number")
     p.add_argument("--expand-cache", action="store_true", help="keys and values of all N positions: faster, larger")
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (%(default)s)")
@@ -78,19 +86,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     p.add_argument("--calibrate", metavar="FOLDER", help="find thresholds for low, mid and high on its pictures")
     p.add_argument("--save", metavar="FILE", help="of --calibrate (default: thresholds.json beside the checkpoint)")
-    return p.parse_args(argv)
+    return p.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     a = parse(argv or SHOWCASE)
     try:
-        if a.calibrate is None and a.question is None:
+        if a.calibrate is None and len(a.inputs) < 2:
             raise ValueError("IMAGE and QUESTION are needed, or --calibrate FOLDER; --help shows examples")
         if a.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {a.max_new_tokens} is not at least 1")
         if not (a.temperature == 0 or 1e-6 <= a.temperature <= 100):
             raise ValueError(f"--temperature {a.temperature} is neither 0 nor from 0.000001 to 100")
+        if a.frames < 1:
+            raise ValueError(f"--frames {a.frames} is not at least 1")
         if a.threads is not None:
             if not 1 <= a.threads <= 1024:
                 raise ValueError(f"--threads {a.threads} is not from 1 to 1024")
@@ -154,48 +164,59 @@ class Report:
 
     def row(self, name: str) -> str:
         times = f"encoder {1000 * self.encoder_s:4.0f} ms, prefill {1000 * self.prefill_s:4.0f} ms"
-        return f"{name:>6} {self.visual_tokens:4} of {self.virtual_tokens} tokens, {times}: {self.answer.strip()}"
+        counts = f"{self.visual_tokens:4} of {self.virtual_tokens} tokens"
+        return f"{name:>6} {counts}, {times}: {' '.join(self.answer.split())}"
 
 
 def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
-    settings = read_settings(a, folder, processor)
-    pixels, ids = processor.image(a.image), processor.prompt(a.question)  # so that bad input is told before a long load
-    processor.config.check_length(len(ids) - 1 + processor.config.visual_tokens)
+    settings, (*inputs, question) = read_settings(a, folder, processor), a.inputs
+    # bad input is told before a long load
+    shown = [read_frames(one, a.frames) if is_video(one) else read_picture(one) for one in inputs]
+    pictures = sum(not isinstance(one, list) for one in shown)
+    pixels = [processor.video(one) if isinstance(one, list) else processor.image(one, pictures > 1) for one in shown]
+    pixels = [one for part in pixels for one in (part if isinstance(part, list) else [part])]
+    views = [processor.view(v, pictures > 1) for one in shown for v in (one if isinstance(one, list) else [one])]
+    if a.temporal is not None and len(views) < 2:
+        raise ValueError("--temporal needs a video or several pictures")
+    ids, c = processor.prompt(question, pixels), processor.config
+    c.check_length(len(ids) - len(pixels) + positions(pixels, c))
     llava, panels, several = load_model(folder, device, a.dtype, progress=loading), [], len(settings) > 1
     asked = llava, processor, pixels, ids
     options = dict(max_new_tokens=a.max_new_tokens, temperature=a.temperature, seed=a.seed, expand=a.expand_cache)
     stream = None if several or a.json else lambda text: print(text, end="", flush=True)
     if several and not a.json:
-        print(f"{a.image}: {a.question}")
+        print(f"{' '.join(inputs)}: {question}")
     for name, one in settings.items():
         if several:  # the times are to be compared: each shape is met once before it is timed
             ask(*asked, one, options | dict(max_new_tokens=2))
-        report, token_at = ask(*asked, one, options, stream)
+        report, visual = ask(*asked, one, options, stream)
         if a.json:
             print(json.dumps(dict(model=a.model, tokens=name, method=a.method, vtu=a.vtu) | asdict(report)))
         else:
             print(report.row(name) if several else f"\n{report}")
-        if name != "full" or not several:  # the input itself shows what full is
-            panels.append((name, token_at, report.answer))
+        if name != "full" or not several or a.temporal is not None:  # else the input itself shows what full is
+            panels.append((name, show.patches(c, pixels, visual), report))
     if a.show:
-        picture = show.draw(processor.view(a.image), panels, a.question)
+        picture = show.draw(views, panels, question)
         with whole(Path(a.show)) as part:
             picture.save(part, format="PNG")
         note(f"wrote {a.show}")
 
 
 def ask(llava, processor: Processor, pixels, ids, settings: DyMU, options: dict, stream=None):
-    """Answers once -> its Report, token_at (N,). stream, if any, is called with each new piece of the answer."""
-    tokens_per_layer, dropped = [], int(llava.vision_tower.drop_class_token)
-    hooks = [
-        layer.fc2.register_forward_hook(lambda fc2, args, out: tokens_per_layer.append(len(out) - dropped))
-        for layer in llava.vision_tower.layers
-    ]
+    """Answers once -> its Report, what `Llava.encode` gave. stream, if any, is called with each piece of the answer."""
+    c, layers = llava.config, llava.vision_tower.layers
+    dropped, tokens_per_layer = int(c.vision_feature_select_strategy == "default"), [0] * len(layers)
+
+    def count(i, fc2, args, out):
+        tokens_per_layer[i] += len(out) - dropped
+
+    hooks = [layer.fc2.register_forward_hook(partial(count, i)) for i, layer in enumerate(layers)]
     new, shown = [], ""
     with torch.inference_mode():
         start = time.perf_counter()
-        x, at = visual = llava.encode(pixels, settings)
-        if x.device.type != "cpu":
+        visual = llava.encode(pixels, settings)
+        if visual[0][0].device.type != "cpu":
             torch.accelerator.synchronize()
         encoded = time.perf_counter()
         rows, token_at = llava.splice(ids, visual, settings.vtu)
@@ -214,29 +235,30 @@ def ask(llava, processor: Processor, pixels, ids, settings: DyMU, options: dict,
     for hook in hooks:
         hook.remove()
     times = encoded - start, prefilled - encoded, (len(new) - 1) / (end - prefilled)
-    where = str(x.device), str(x.dtype).removeprefix("torch.")
-    return Report(text, len(x), len(at), tokens_per_layer, *times, cache.bytes, *where), at
+    counts = sum(len(x) for x, _ in visual), sum(len(at) for _, at in visual)
+    where = str(rows.device), str(rows.dtype).removeprefix("torch.")
+    return Report(text, *counts, tokens_per_layer, *times, cache.bytes, *where), visual
 
 
 def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> dict[str, DyMU]:
     """What --tokens, --method and --vtu ask for, by the name of the budget; with --tokens all, of all four."""
     if a.vtu not in ("all", "off") and not (a.vtu.isdecimal() and 0 < int(a.vtu) < 10**6):
         raise ValueError(f"--vtu {a.vtu!r} is not all, off or a number from 1")
-    vtu = dict(vtu=a.vtu != "off", queries=int(a.vtu) if a.vtu.isdecimal() else None)
+    options = dict(temporal=a.temporal, vtu=a.vtu != "off", queries=int(a.vtu) if a.vtu.isdecimal() else None)
     settings = {}
     for name in ("full", "high", "mid", "low") if a.tokens == "all" else (a.tokens,):
         if name == "full":
-            settings[name] = DyMU(**vtu)
+            settings[name] = DyMU(**options)
         elif a.method == "tome":
             if name not in BUDGETS:
                 raise ValueError("--method tome takes --tokens full, low, mid, high or all")
-            settings[name] = DyMU(r=merges(name, processor.config), **vtu)
+            settings[name] = DyMU(r=merges(name, processor.config), **options)
         else:
             thresholds, provenance = read_thresholds(name, folder, processor.config)
             found_with, ours = provenance.get("preprocessing"), "pad" if processor.pad else "crop"
             if found_with not in (None, ours):
                 note(f"demo.py: note: these thresholds were found with preprocessing {found_with!r}, not {ours!r}")
-            settings[name] = DyMU(thresholds=thresholds, **vtu)
+            settings[name] = DyMU(thresholds=thresholds, **options)
     return settings
 
 
@@ -255,12 +277,18 @@ def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first = budgets.process()[0] == 0
     llava = load_model(folder, device, a.dtype or "float32", only="vision_tower.")
-    skipped = budgets.unreadable(processor.image, files, progress)
+    order = {file: i for i, file in enumerate(files)}
+
+    def read(file):  # of a picture in several crops the whole or one of the tiles, in turn
+        pixels = processor.image(file)
+        return pixels.crops[order[file] % len(pixels.crops)] if isinstance(pixels, Picture) else pixels
+
+    skipped = budgets.unreadable(read, files, progress)
     files = [file for file in files if file not in skipped]
     found = dict(model=a.model, preprocessing="pad" if processor.pad else "crop", schedule="constant")
     found |= dict(date=datetime.date.today().isoformat(), batch_size=budgets.BATCH)
     found |= dict(tower=asdict(llava.config.vision_config))
-    for budget, one in budgets.calibrate(llava.vision_tower, processor.image, files, progress):
+    for budget, one in budgets.calibrate(llava.vision_tower, read, files, progress):
         found[budget] = one
         if first:
             mean, std = one["tokens_mean"], one["tokens_std"]

@@ -31,12 +31,15 @@ class DyMU:
     r: tuple[int, ...] | None = None  # ToMe instead, of fixed length: merge the r_i best edges of layer i, or all
     vtu: bool = True  # False: the decoder is simply given fewer tokens, at consecutive positions (Fig. 4's ablation)
     queries: int | None = None  # queries per token in the re-merge (Eq. 11); None: all of its positions, the paper
+    temporal: float | None = None  # join tokens of a frame that are more alike than this to one of the frame before
 
     def __post_init__(self):
         if self.thresholds is not None and self.r is not None:
             raise ValueError("give thresholds (DToMe) or r (ToMe), not both")
         if self.queries is not None and self.queries < 1:
             raise ValueError(f"queries is {self.queries}; it must be at least 1, or None for all positions")
+        if self.temporal is not None and not -1 <= self.temporal <= 1:
+            raise ValueError(f"temporal is {self.temporal}; it is a cosine, from -1 to 1, or None")
 
     def edges(self, score: Tensor, layer: int) -> Tensor:
         """Which edges of this encoder layer merge: score (|A|,) -> (|A|,) bool. A score of -inf never does."""
@@ -60,15 +63,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
 # ---- 3.1 Dynamic Token Merging (DToMe): in every encoder layer, between self-attention and MLP ----
 
 
+def most_alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of a (A, D) the row of b (B, D) of the greatest cosine -> score (A,), partner (A,), an index into b.
+
+    The paper writes the raw product k[t] . k[n]; the authors' code takes the cosine, as ToMe does, and so do we.
+    """
+    a, b = (F.normalize(at_least_float32(x), dim=-1) for x in (a, b))
+    score, partner = (a @ b.T).max(dim=-1)
+    return score.clamp(max=1), partner  # rounding must not lift a cosine over a threshold of 1, which means "never"
+
+
 def match(keys: Tensor, class_token: bool = True) -> tuple[Tensor, Tensor]:
     """Bipartite matching. keys (N_i, D_k), averaged over heads -> score (|A|,), partner (|A|,), an index into B.
 
     A is every second token from the first, B the rest; each t in A points at the token of B that it is most like.
-    The paper writes the raw product k[t] . k[n]; the authors' code takes the cosine, as ToMe does, and so do we.
     """
-    keys = F.normalize(at_least_float32(keys), dim=-1)
-    score, partner = (keys[::2] @ keys[1::2].T).max(dim=-1)
-    score = score.clamp(max=1)  # a cosine: rounding must not lift it over a threshold of 1, which means "never"
+    if len(keys) == 1:  # all has merged into one: A is that token, B is empty
+        return keys.new_full((1,), -torch.inf), torch.zeros(1, dtype=torch.long, device=keys.device)
+    score, partner = most_alike(keys[::2], keys[1::2])
     if class_token:  # index 0, hence in A: it never merges, and as only B receives, nothing merges into it
         score[0] = -torch.inf
     return score, partner
@@ -88,11 +100,16 @@ def merge(x: Tensor, size: Tensor, token_at: Tensor, partner: Tensor, keep: Tens
     new = token_at.new_empty(len(x))  # where each old token goes: again a one-hot matrix kept as an index
     new[::2] = torch.where(stays, stays.cumsum(0) - 1, n_stay + partner)
     new[1::2] = torch.arange(n_stay, n_new, device=x.device)
+    x, size = regroup(x, size, new, n_new)
+    return x, size, new[token_at]  # Eq. 2 and 3: each position follows its token, so P[t] joins P[t_B]
+
+
+def regroup(x: Tensor, size: Tensor, new: Tensor, n_new: int) -> tuple[Tensor, Tensor]:
+    """Token t becomes part of token new[t]: x (N_i, D), size (N_i,), new (N_i,) -> x (n_new, D), size (n_new,)"""
     wide = at_least_float32(x)
     total = wide.new_zeros(n_new, x.shape[1]).index_add(0, new, wide * size[:, None])
     size = size.new_zeros(n_new).index_add(0, new, size)
-    x = (total / size[:, None]).to(x.dtype)  # Eq. 1: the average weighted by size
-    return x, size, new[token_at]  # Eq. 2 and 3: each position follows its token, so P[t] joins P[t_B]
+    return (total / size[:, None]).to(x.dtype), size  # Eq. 1: the average weighted by size
 
 
 def size_bias(size: Tensor) -> Tensor:
@@ -140,6 +157,34 @@ def find_thresholds(vision_tower, images, r: tuple[int, ...], batch_size: int) -
     if not found:
         raise ValueError("no images to find thresholds with")
     return tuple(sum(taus) / len(found) for taus in zip(*found))
+
+
+# ---- not in the paper: temporal merging, between the frames of a video (or several pictures) ----
+
+
+def join_frames(frames: list[tuple[Tensor, Tensor]], threshold: float | None) -> list[tuple[Tensor, Tensor]]:
+    """A token that is like one of the frame before joins it, by Eq. 1-3: what stands still costs one frame.
+
+    frames: of each x (N_un, D), token_at (N,) -> of each the tokens that are new in it, and token_at over the tokens of
+    all frames up to it. A token joins where the cosine is > threshold (None: nowhere). What it joins stands in both
+    frames then, so that the next frame's may join it too, and is the average over all of them.
+    """
+    x, size, maps, counts = frames[0][0][:0], torch.zeros(0, device=frames[0][0].device), [], []
+    for new_x, at in frames:
+        n, where = len(x), len(x) + torch.arange(len(new_x), device=x.device)
+        if threshold is not None and maps:
+            before = maps[-1].unique()  # the tokens that stand in the frame before
+            score, partner = most_alike(new_x, x[before])
+            joins = score > threshold
+            where = torch.where(joins, before[partner], n - 1 + (~joins).cumsum(0))
+        new = torch.cat((torch.arange(n, device=x.device), where))
+        n_new = max(n, int(where.max()) + 1)
+        x, size = torch.cat((x, new_x)), torch.cat((size, torch.bincount(at).to(size)))
+        if n_new < len(x):
+            x, size = regroup(x, size, new, n_new)
+        maps.append(where[at])
+        counts.append(n_new - n)
+    return list(zip(x.split(counts), maps))
 
 
 # ---- 3.2 Virtual Token Unmerging (VTU): in every decoder layer ----

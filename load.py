@@ -4,8 +4,6 @@ Only data is read, never a pickle that could run code. What is wrong with a chec
 one line says what, where and what to do.
 """
 
-import dataclasses
-import json
 import math
 import re
 from pathlib import Path
@@ -13,12 +11,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import ACTIVATIONS, Llava, LlavaConfig, TextConfig, VisionConfig
+from anyres import Picture, Video, cut
+from config import read_config, read_json
+from model import Llava
+from pictures import one_line, read_frames, read_picture
 
 FILES = ["*.json", "*.safetensors", "chat_template.jinja"]  # all that is read of a checkpoint, or downloaded
 KEYS = (  # checkpoints of different ages name one tensor differently; every key goes through every row
@@ -29,17 +30,20 @@ KEYS = (  # checkpoints of different ages name one tensor differently; every key
     (r"^vision_tower\.(embeddings|encoder)\.", "vision_tower."),
     (r"\.(self_attn|mlp)\.", "."),
 )
-IGNORED = r"inv_freq$|position_ids$|^vision_tower\.post_layernorm\."  # in checkpoints, but nothing that runs needs them
-PROMPTS = (  # a chat format: its mark in the checkpoint's Jinja template, a prompt with a picture, one without
-    (".upper() + ': '", "USER: <image>\n{} ASSISTANT:", "USER: {} ASSISTANT:"),  # LLaVA-1.5; also without a template
-    ("'[INST] '", "[INST] <image>\n{} [/INST]", "[INST] {} [/INST]"),  # Mistral
+IGNORED = (  # in checkpoints, but nothing that runs needs them
+    r"inv_freq$|position_ids$|^vision_tower\.(post_layernorm|head)\."
+)
+PROMPTS = (  # a chat format: its mark in the checkpoint's Jinja template, the prompt around pictures and question
+    (".upper() + ': '", "USER: {} ASSISTANT:"),  # Vicuna's
+    ("'[INST] '", "[INST] {} [/INST]"),  # Mistral's
+    ("'<|im_start|>' + message['role'] + ' '", "<|im_start|>user {}<|im_end|><|im_start|>assistant\n"),  # ChatML
+    ("'<|im_start|>' + message['role'] + '\n'", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"),
     (
-        "'<|im_start|>' + message['role'] + ' '",  # ChatML, as the llava-hf checkpoints write it
-        "<|im_start|>user <image>\n{}<|im_end|><|im_start|>assistant\n",
-        "<|im_start|>user \n{}<|im_end|><|im_start|>assistant\n",
+        "'<|start_header_id|>' + message['role']",  # Llama 3's
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
 )
-RANGES = {"num_hidden_layers": (1, 1000), "vision_feature_layer": (-1000, 1000), "image_token_index": (0, 1e9)}
+NO_TEMPLATE = "message['role'].upper() + ': ' '<image>\n'"  # LLaVA-1.5's
 
 
 def find(path_or_repo_id, announce=None) -> Path:
@@ -60,82 +64,6 @@ def find(path_or_repo_id, announce=None) -> Path:
     except Exception as e:  # of many types: no such repository, no network, no right to it, a full disk
         why = f"no connection, no such repository or no right to it ({type(e).__name__})"
         raise ValueError(f"model {name!r} is not a folder, and not to be had from the Hub: {why}") from e
-
-
-def one_line(e: BaseException) -> str:
-    return " ".join(str(e).split()) or type(e).__name__
-
-
-def read_json(path: Path, kind=dict):
-    """An empty dict for a file that does not exist."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, OSError, RecursionError) as e:
-        raise ValueError(f"{path}: not readable as JSON ({one_line(e)})") from e
-    if not isinstance(data, kind):
-        raise ValueError(f"{path}: the JSON is a {type(data).__name__}, not an object")
-    return data
-
-
-# ---- config.json ----
-
-
-def read_config(folder: Path) -> LlavaConfig:
-    """config.json, where a field that equals transformers' default may be absent."""
-    c, file = read_json(folder / "config.json"), folder / "config.json"
-
-    def supported(what, found, *known):
-        if found not in known:
-            raise ValueError(f"{file}: {what} {found!r} is not implemented, only {', '.join(map(repr, known))}")
-
-    def section(parent, name):
-        part = parent.get(name) or {}
-        if not isinstance(part, dict):
-            raise ValueError(f"{file}: {name} is {part!r}, not an object")
-        return part
-
-    def fill(kind, values):
-        given = {f: values[f.name] for f in dataclasses.fields(kind) if values.get(f.name) is not None}
-        for f, value in given.items():
-            low, high = RANGES.get(f.name, (1e-12, 1e9))
-            number = type(value) is int or (type(value) is float and f.type is float)
-            if f.type in (int, int | None, float) and not (number and low <= value <= high):
-                raise ValueError(f"{file}: {f.name} is {value!r}")
-        return kind(**{f.name: value for f, value in given.items()})
-
-    # With no vision_config at all it is CLIP ViT-L/14-336; what a vision_config omits is CLIPVisionConfig's default.
-    large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    vision = section(c, "vision_config") or large | dict(image_size=336, patch_size=14)
-    text = section(c, "text_config")
-    rope = section(text, "rope_parameters") or section(text, "rope_scaling")  # the new name and the old one
-    supported("model_type", c.get("model_type"), "llava")
-    supported("vision model_type", vision.get("model_type", "clip_vision_model"), "clip_vision_model")
-    supported("text model_type", text.get("model_type", "llama"), "llama")
-    supported("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
-    eos_places = read_json(folder / "generation_config.json"), c, text
-    eos = next((d["eos_token_id"] for d in eos_places if d.get("eos_token_id") is not None), 2)
-    joined = dict(
-        vision_config=fill(VisionConfig, vision),
-        text_config=fill(TextConfig, text | dict(rope_theta=rope.get("rope_theta", text.get("rope_theta")))),
-        image_token_index=c.get("image_token_index", c.get("image_token_id")),  # two names for one thing
-        tie_word_embeddings=bool(c.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,),
-        dtype=c.get("dtype") or c.get("torch_dtype"),
-    )
-    config = fill(LlavaConfig, c | joined)
-    v, t = config.vision_config, config.text_config
-    supported("vision hidden_act", v.hidden_act, *ACTIVATIONS)
-    supported("text hidden_act", t.hidden_act, *ACTIVATIONS)
-    supported("projector_hidden_act", config.projector_hidden_act, *ACTIVATIONS)
-    supported("vision_feature_select_strategy", config.vision_feature_select_strategy, "default", "full")
-    supported(
-        "vision_feature_layer", config.vision_feature_layer, *range(-v.num_hidden_layers - 1, v.num_hidden_layers + 1)
-    )
-    supported("dtype", config.dtype, None, "float32", "float16", "bfloat16")
-    supported("eos_token_id", tuple(map(type, config.eos_token_id)), (int,) * len(config.eos_token_id))
-    supported("hidden_size % num_attention_heads", v.hidden_size % v.num_attention_heads, 0)
-    supported("num_attention_heads % num_key_value_heads", t.num_attention_heads % t.num_key_value_heads, 0)
-    return config
 
 
 # ---- weights ----
@@ -234,37 +162,35 @@ def choose_dtype(dtype, device: torch.device, half: bool) -> torch.dtype:
 # ---- pictures and prompts ----
 
 
-def read_picture(picture) -> Image.Image:
-    """A PIL image or the path of one -> upright, RGB. Transparency is laid on white, as transformers does."""
-    try:
-        if not isinstance(picture, Image.Image) and Path(picture).exists() and not Path(picture).is_file():
-            raise OSError("it is not a file")
-        image = ImageOps.exif_transpose(picture if isinstance(picture, Image.Image) else Image.open(picture))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on broken files
-        raise ValueError(f"picture {str(picture)!r} cannot be read: {one_line(e)}") from e
-
-
 class Processor:
-    """Pictures to pixels, questions to ids, ids to text: transformers' LlavaProcessor without numpy and Jinja.
+    """Pictures to pixels, questions to ids, ids to text: transformers' processors without numpy and Jinja.
 
-    pad=True pads a picture to a square with the mean colour first, as the authors' own LLaVA does.
+    pad=True pads a picture to a square with the mean colour first, as the authors' own LLaVA-1.5 does.
     """
 
     def __init__(self, folder: Path, pad: bool = False):
-        self.folder, self.config = folder, read_config(folder)
-        whole, side = read_json(folder / "processor_config.json"), self.config.vision_config.image_size
-        found = whole.get("image_processor") or read_json(folder / "preprocessor_config.json")
+        self.folder, self.config = folder, (config := read_config(folder))
+        whole, side = read_json(folder / "processor_config.json"), config.vision_config.image_size
+        anyres = config.image_grid_pinpoints
         clip = dict(do_resize=True, size=dict(shortest_edge=side), resample=3, do_center_crop=True, crop_size=side)
         clip |= dict(do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
         clip |= dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
-        try:  # CLIPImageProcessor's defaults, at the tower's resolution; then one picture, to see that it all fits
+        if pad and anyres:
+            raise ValueError("padding to a square is for models that see one crop; AnyRes pads its tiles by itself")
+        try:  # the defaults, at the tower's resolution; then one picture, to see that it all fits
+            found = whole.get("image_processor") or read_json(folder / "preprocessor_config.json")
+            kind = found.get("image_processor_type") or ("" if config.vision_config.class_token or anyres else "Siglip")
+            if kind.startswith("Siglip"):
+                clip |= dict(size=dict(height=side, width=side), image_mean=[0.5] * 3, image_std=[0.5] * 3)
             self.pictures = clip | {k: v for k, v in found.items() if v is not None}
-            self.pad = pad or bool(self.pictures.get("do_pad"))
-            if not self.image(Image.new("RGB", (side, side))).isfinite().all():
+            frames = whole.get("video_processor") or read_json(folder / "video_preprocessor_config.json")
+            self.frames = self.pictures | {k: v for k, v in frames.items() if v is not None}
+            grids = self.pictures.get("image_grid_pinpoints")
+            if anyres and grids and sorted(map(tuple, grids)) != sorted(anyres):
+                raise ValueError("its image_grid_pinpoints are not those of config.json")
+            self.pad = pad or (not anyres and bool(self.pictures.get("do_pad")))  # AnyRes: do_pad is about batches
+            black = self.view(Image.new("RGB", (side, side)))
+            if not all(self.pixels(black, p).isfinite().all() for p in (self.pictures, self.frames)):
                 raise ValueError("pixels are not finite")
         except Exception as e:  # whatever wrong types and numbers lead to
             raise ValueError(f"{folder}: preprocessor_config.json cannot be followed ({one_line(e)})") from e
@@ -275,53 +201,104 @@ class Processor:
             self.tokenizer.no_truncation()
         except Exception as e:  # tokenizers raises nothing more precise
             raise ValueError(f"{file} cannot be read: {one_line(e)}") from e
-        if (at := self.tokenizer.token_to_id("<image>")) != self.config.image_token_index:
-            raise ValueError(f"{file}: the id of <image> is {at}, config.json says {self.config.image_token_index}")
+        for token, index in (("<image>", self.config.image_token_index), ("<video>", self.config.video_token_index)):
+            if index is not None and (at := self.tokenizer.token_to_id(token)) != index:
+                raise ValueError(f"{file}: the id of {token} is {at}, config.json says {index}")
         jinja = folder / "chat_template.jinja"
         jinja = dict(chat_template=jinja.read_text(encoding="utf-8") if jinja.is_file() else None)
         places = whole, read_json(folder / "chat_template.json"), jinja, read_json(folder / "tokenizer_config.json")
-        self.template = str(next((d["chat_template"] for d in places if d.get("chat_template")), PROMPTS[0][0]))
+        self.template = str(next((d["chat_template"] for d in places if d.get("chat_template")), NO_TEMPLATE))
+        self.template = self.template.replace("\\n", "\n")  # in a Jinja string both are a line break
 
-    def view(self, picture) -> Image.Image:
-        """A PIL image or the path of one -> what the model sees of it, RGB."""
+    def view(self, picture, several: bool = False) -> Image.Image:
+        """A PIL image or the path of one -> what the model sees of it, RGB, before AnyRes cuts it into tiles.
+
+        several: it is one of several in a prompt, each of which OneVision sees as a padded square, without tiles.
+        """
         picture, p = read_picture(picture), self.pictures
         (w, h), side = picture.size, max(picture.size)
         limit = Image.MAX_IMAGE_PIXELS * 2  # what Pillow calls a decompression bomb
-        if self.pad:
+        anyres, onevision = self.config.image_grid_pinpoints, self.config.video_token_index is not None
+        if self.pad or (several and onevision):
             if side * side > limit:
                 raise ValueError(f"a picture of {w} x {h} is too narrow to pad to a square")
             square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in p["image_mean"]))
             square.paste(picture, ((side - w) // 2, (side - h) // 2))
             picture = square
-        if p["do_resize"]:
+        if p["do_resize"] and not anyres:
             size = width_height(p["size"], picture.size)
             if math.prod(size) > limit:
                 raise ValueError(f"a picture of {w} x {h} is too narrow to crop to a square")
             picture = picture.resize(size, p["resample"])
-        if p["do_center_crop"]:
+        if p["do_center_crop"] and not anyres:
             w, h = width_height(p["crop_size"])
             left, top = (picture.width - w) // 2, (picture.height - h) // 2
             picture = picture.crop((left, top, left + w, top + h))
         return picture
 
-    def image(self, picture) -> Tensor:
-        """A PIL image or the path of one -> pixels (3, H, W), float32, normalised."""
-        picture, p = self.view(picture), self.pictures
+    def pixels(self, picture: Image.Image, p: dict) -> Tensor:
+        """A picture of the size of a crop -> (3, H, W), float32, normalised as p, a preprocessor_config.json, says"""
         x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
         x = (x.double() * (p["rescale_factor"] if p["do_rescale"] else 1)).float().permute(2, 0, 1)
         mean, std = (torch.tensor(p[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
         return (x - mean) / std if p["do_normalize"] else x
 
-    def prompt(self, question: str, image: bool = True) -> Tensor:
-        """The question in the checkpoint's chat format -> ids (T,); image: with one image placeholder."""
+    def image(self, picture, several: bool = False):
+        """A PIL image, the path of one, or a list of them for one prompt -> what `Llava.encode` takes.
+
+        That is pixels (3, H, W), float32, normalised; for AnyRes models a Picture; for a list a list. several: `view`.
+        """
+        if isinstance(picture, list):
+            return [self.image(one, len(picture) > 1) for one in picture]
+        picture, side = self.view(picture, several), self.config.vision_config.image_size
+        if not self.config.image_grid_pinpoints:
+            return self.pixels(picture, self.pictures)
+        whole, (w, h) = self.whole(picture, self.pictures), picture.size
+        if several and self.config.video_token_index is not None:
+            return Picture(whole[None], None)
+        H, W = (side * n for n in cut((h, w), self.config)[0])
+        fits_wide = W / w < H / h
+        size = (W, min(math.ceil(h * (W / w)), H)) if fits_wide else (min(math.ceil(w * (H / h)), W), H)
+        padded = Image.new("RGB", (W, H))
+        padded.paste(picture.resize(size, self.pictures["resample"]), ((W - size[0]) // 2, (H - size[1]) // 2))
+        boxes = [(x, y, x + side, y + side) for y in range(0, H, side) for x in range(0, W, side)]
+        tiles = [self.pixels(padded.crop(box), self.pictures) for box in boxes]
+        return Picture(torch.stack([whole, *tiles]), (h, w))
+
+    def video(self, video, count: int = 8):
+        """A list of frames, or what `read_frames` takes -> what `Llava.encode` takes.
+
+        That is a Video for models that have a placeholder for it (OneVision), else a list of pictures, without tiles.
+        """
+        frames = video if isinstance(video, list) else read_frames(video, count)
+        if not self.config.image_grid_pinpoints:
+            return [self.image(frame) for frame in frames]
+        frames = torch.stack([self.whole(read_picture(frame), self.frames) for frame in frames])
+        one_placeholder = self.config.video_token_index is not None
+        return Video(frames) if one_placeholder else [Picture(frame[None], None) for frame in frames]
+
+    def whole(self, picture: Image.Image, p: dict) -> Tensor:
+        """All of a picture as one crop, whatever its shape -> (3, H, W)"""
+        side = self.config.vision_config.image_size
+        return self.pixels(picture.resize((side, side), p["resample"]), p)
+
+    def prompt(self, question: str, image=True) -> Tensor:
+        """The question in the checkpoint's chat format -> ids (T,) with a placeholder for each picture or video.
+
+        image: how many pictures, or what `image` or `video` returned for them.
+        """
         if not question.strip():
             raise ValueError("the question is empty")
-        formats = [prompts for mark, *prompts in PROMPTS if mark in self.template]
+        formats = [prompt for mark, prompt in PROMPTS if mark in self.template]
         if not formats:
             raise ValueError(f"{self.folder}: chat template not recognised; load.py's PROMPTS lists the known ones")
         question.encode()  # a ValueError for what is not Unicode
-        ids = self.tokenizer.encode(formats[0][0 if image else 1].replace("{}", question)).ids
-        if ids.count(self.config.image_token_index) != image:
+        shown = [None] * image if isinstance(image, int) else image if isinstance(image, list) else [image]
+        behind = "\n" if "'<image>\n'" in self.template else ""  # each picture; or one line break before the question
+        places = "".join(("<video>" if isinstance(one, Video) else "<image>") + behind for one in shown)
+        before = "\n" if "'\n' + content['text']" in self.template else ""
+        ids = self.tokenizer.encode(formats[0].replace("{}", places + before + question)).ids
+        if sum(i in self.config.placeholders for i in ids) != len(shown):
             raise ValueError("the question must not hold the image placeholder <image>")
         return torch.tensor(ids)
 

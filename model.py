@@ -1,104 +1,28 @@
-"""CLIP ViT, projector, Llama decoder, and the LLaVA that joins them. Layers bear their names in Hugging Face's
-checkpoints, shapes are without a batch axis, and DyMU changes a standard block in the two places marked "differs".
+"""CLIP or SigLIP, projector, Llama or a relative, and the LLaVA that joins them. Layers bear their names in Hugging
+Face's checkpoints, shapes are without a batch axis, and DyMU changes a standard block in the places marked "differs".
 """
-
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dymu import DyMU, at_least_float32, attention, match, merge, query_blocks, rotate, size_bias, vtu_attention
+from anyres import Picture, Video, arrange, settle
+from config import ACTIVATIONS, LlavaConfig, TextConfig, VisionConfig
+from dymu import (
+    DyMU,
+    at_least_float32,
+    attention,
+    join_frames,
+    match,
+    merge,
+    query_blocks,
+    rotate,
+    size_bias,
+    vtu_attention,
+)
 
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # what OpenAI's CLIP was trained with
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
-
-
-@dataclass
-class VisionConfig:
-    """CLIP's vision tower; the defaults are transformers' CLIPVisionConfig, whose values a config.json may omit."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224  # pixels, square
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-
-@dataclass
-class TextConfig:
-    """Llama; the defaults are transformers' LlamaConfig."""
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # fewer than heads: grouped-query attention; None: as many
-    head_dim: int | None = None  # None: hidden_size / heads
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0  # base of the RoPE angles
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-
-
-@dataclass
-class LlavaConfig:
-    """How the two are joined; the defaults are transformers' LlavaConfig."""
-
-    vision_config: VisionConfig = field(default_factory=VisionConfig)
-    text_config: TextConfig = field(default_factory=TextConfig)
-    image_token_index: int = 32000
-    vision_feature_layer: int = -2  # an index into [embeddings, output of block 0, output of block 1, ...]
-    vision_feature_select_strategy: str = "default"  # "default" drops the class token, "full" keeps it
-    projector_hidden_act: str = "gelu"
-    multimodal_projector_bias: bool = True
-    tie_word_embeddings: bool = False
-    eos_token_id: tuple[int, ...] = (2,)
-    dtype: str | None = None  # what the checkpoint wants to run in; None: what its tensors are stored in
-
-    @property
-    def vision_layers(self) -> int:
-        """How many blocks of the tower run: those up to the layer that is read."""
-        last = self.vision_feature_layer
-        return last if last >= 0 else self.vision_config.num_hidden_layers + 1 + last
-
-    @property
-    def visual_tokens(self) -> int:
-        """N of a picture, before any merging."""
-        c = self.vision_config
-        return (c.image_size // c.patch_size) ** 2 + (self.vision_feature_select_strategy == "full")
-
-    def check(self, settings: DyMU) -> None:
-        """Raises ValueError unless thresholds or r has a value per layer that runs, or per layer of the whole tower."""
-        runs, whole = self.vision_layers, self.vision_config.num_hidden_layers
-        for name, values in (("thresholds", settings.thresholds), ("r", settings.r)):
-            if values is not None and len(values) not in (runs, whole):
-                raise ValueError(f"{len(values)} {name} given, the vision tower runs {runs} of its {whole} layers")
-
-    def check_length(self, positions: int) -> None:
-        """Raises ValueError for a prompt of more virtual positions than the decoder was made for."""
-        if positions > self.text_config.max_position_embeddings:
-            limit = self.text_config.max_position_embeddings
-            raise ValueError(f"the prompt takes {positions} positions, the model has {limit}")
-
-
-# ---- CLIP ViT ----
+# ---- CLIP and SigLIP ----
 
 
 class VisionLayer(nn.Module):
@@ -127,27 +51,32 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """CLIP's ViT up to the layer that LLaVA reads: the blocks beyond it are not built."""
+    """The ViT up to the layer that LLaVA reads, whose output no final norm has touched: later blocks are not built."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config, c = config, config.vision_config
-        self.class_token = True  # CLIP has one, as token 0: `match` keeps it from merging
-        self.drop_class_token = config.vision_feature_select_strategy == "default"
-        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
-        self.patch_embedding = nn.Conv2d(c.num_channels, c.hidden_size, c.patch_size, c.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(1 + (c.image_size // c.patch_size) ** 2, c.hidden_size)
-        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # the name is the checkpoints' own
+        self.class_token = c.class_token  # token 0, if there is one: `match` keeps it from merging
+        self.patch_embedding = nn.Conv2d(
+            c.num_channels, c.hidden_size, c.patch_size, c.patch_size, bias=not c.class_token
+        )
+        self.position_embedding = nn.Embedding(c.class_token + c.grid**2, c.hidden_size)
+        if c.class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
+            self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # the name is the checkpoints' own
         self.layers = nn.ModuleList(VisionLayer(c) for _ in range(config.vision_layers))
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pixels (3, H, W) -> x (1 + patches, D), size all ones, token_at the identity"""
+        """pixels (3, H, W) -> x (N, D), the class token, if any, and patches; size all ones, token_at the identity"""
         c, weight = self.config.vision_config, self.patch_embedding.weight
         if tuple(pixels.shape) != (c.num_channels, c.image_size, c.image_size):
             raise ValueError(f"pixels {tuple(pixels.shape)}, wanted {(c.num_channels, c.image_size, c.image_size)}")
         x = rearrange(self.patch_embedding(pixels.to(weight)[None]), "1 d h w -> (h w) d")
-        x = torch.cat((self.class_embedding[None], x)) + self.position_embedding.weight
-        x = self.pre_layrnorm(x)
+        if self.class_token:
+            x = torch.cat((self.class_embedding[None], x))
+        x = x + self.position_embedding.weight
+        if self.class_token:
+            x = self.pre_layrnorm(x)
         return x, torch.ones(len(x), device=x.device), torch.arange(len(x), device=x.device)
 
     def forward(self, pixels: Tensor, settings: DyMU = DyMU()) -> tuple[Tensor, Tensor]:
@@ -156,13 +85,13 @@ class VisionTower(nn.Module):
         x, size, token_at = self.embed(pixels)
         for i, layer in enumerate(self.layers):
             x, keys = layer.attend(x, size, token_at)
-            # differs from CLIP: DToMe, between attention and MLP
+            # differs from CLIP and SigLIP: DToMe, between attention and MLP
             if settings.thresholds is not None or settings.r is not None:
                 score, partner = match(keys, self.class_token)
                 x, size, token_at = merge(x, size, token_at, partner, settings.edges(score, i))
             x = layer.feed_forward(x)
-        if self.drop_class_token:  # token 0 at position 0: it never merged
-            return x[1:], token_at[1:] - 1
+        if self.config.vision_feature_select_strategy == "default":  # without position 0, the class token's
+            return settle(x, token_at[1:])
         return x, token_at
 
 
@@ -235,7 +164,7 @@ class DecoderLayer(nn.Module):
         self.index, self.d, self.act = index, c.head_dim, ACTIVATIONS[c.hidden_act]
         D, Q, KV = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(c), RMSNorm(c)
-        self.q_proj, self.o_proj = nn.Linear(D, Q, c.attention_bias), nn.Linear(Q, D, c.attention_bias)
+        self.q_proj, self.o_proj = nn.Linear(D, Q, c.attention_bias), nn.Linear(Q, D, c.output_bias)
         self.k_proj, self.v_proj = nn.Linear(D, KV, c.attention_bias), nn.Linear(D, KV, c.attention_bias)
         self.gate_proj, self.up_proj = (nn.Linear(D, c.intermediate_size, c.mlp_bias) for _ in range(2))
         self.down_proj = nn.Linear(c.intermediate_size, D, c.mlp_bias)
@@ -289,45 +218,75 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config)
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text_config)
+        if config.image_grid_pinpoints:
+            self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
-    def encode(self, pixels: Tensor, settings: DyMU = DyMU()) -> tuple[Tensor, Tensor]:
-        """pixels (3, H, W) -> the decoder's visual rows (N_un, D), token_at (N,)"""
-        x, token_at = self.vision_tower(pixels, settings)
-        return self.multi_modal_projector(x), token_at
+    def encode(self, pixels, settings: DyMU = DyMU()) -> list[tuple[Tensor, Tensor]]:
+        """What a prompt shows -> for each placeholder its rows (R, D), and token_at (N,) over all visual rows so far.
 
-    def splice(self, ids, visual: tuple[Tensor, Tensor] | None, vtu: bool = True) -> tuple[Tensor, Tensor]:
-        """Puts the visual rows that `encode` gives in the place of the one image placeholder in ids (T,).
+        With `settings.temporal` pictures share rows with the one before.
+
+        pixels: one picture or video, or a list of them: (3, H, W); for AnyRes models a Picture; or a Video.
+        """
+        shown = pixels if isinstance(pixels, list) else [pixels]
+        return join_frames([self.encode_one(one, settings) for one in shown], settings.temporal)
+
+    def encode_one(self, pixels, settings: DyMU) -> tuple[Tensor, Tensor]:
+        """A picture or video -> its rows (R, D), token_at (N,). Crops and frames are encoded, and merge, one by one."""
+        c = self.config
+        takes = (Picture, Video) if c.video_token_index is not None else Picture if c.image_grid_pinpoints else Tensor
+        if not isinstance(pixels, takes):
+            raise ValueError(
+                f"pixels are a {type(pixels).__name__}, not what this model's processor makes of a picture"
+            )
+        crops, at, rows = pixels[None] if isinstance(pixels, Tensor) else pixels[0], [], 0
+        encoded = [self.vision_tower(crop, settings) for crop in crops]
+        for x, token_at in encoded:
+            at, rows = [*at, rows + token_at], rows + len(x)
+        x, at = self.multi_modal_projector(torch.cat([x for x, _ in encoded])), torch.stack(at)  # (rows, D), (C, N)
+        if isinstance(pixels, Tensor):
+            return x, at[0]
+        return arrange(x, at, self.image_newline, pixels, c, settings.temporal)
+
+    def splice(self, ids, visual: list[tuple[Tensor, Tensor]], vtu: bool = True) -> tuple[Tensor, Tensor]:
+        """Puts the visual rows that `encode` gives in the place of the placeholders in ids (T,), in order.
 
         -> rows (R, D), token_at (N + text,) over them; with vtu=False every row has one position, token_at (R,).
         Raises ValueError for ids that the model cannot take.
         """
-        c, embedding, image = self.config.text_config, self.language_model.embed_tokens, self.config.image_token_index
+        c, embedding = self.config, self.language_model.embed_tokens
         ids = torch.as_tensor(ids, device=embedding.weight.device)
-        text, place = ids[ids != image], (ids == image).nonzero().flatten().tolist()
-        if len(place) != (visual is not None):
-            raise ValueError(f"{len(place)} image placeholders in the prompt, {int(visual is not None)} pictures given")
-        if not len(text) or not 0 <= int(text.min()) <= int(text.max()) < c.vocab_size:
-            raise ValueError(f"the prompt needs text, as token ids from 0 to {c.vocab_size - 1}")
-        rows = embedding(text)
-        if visual is not None:
-            (x, at), start = visual, place[0]
-            rows = torch.cat((rows[:start], x, rows[start:]))
-        token_at = torch.arange(len(rows), device=rows.device)
-        if visual is not None and vtu:
-            token_at = torch.cat((token_at[:start], start + at, token_at[start + len(x) :]))
-        self.config.check_length(len(token_at))
+        places = torch.isin(ids, torch.tensor(c.placeholders, device=ids.device))
+        text, vocab = ids[~places], c.text_config.vocab_size
+        if (n := int(places.sum())) != len(visual):
+            raise ValueError(f"{n} image placeholders in the prompt, {len(visual)} pictures given")
+        if not len(text) or not 0 <= int(text.min()) <= int(text.max()) < vocab:
+            raise ValueError(f"the prompt needs text, as token ids from 0 to {vocab - 1}")
+        rows, token_at, stands, n = [], [], text[:0], 0  # stands: at which row each visual row is
+        for i, part in enumerate(ids.tensor_split(places.nonzero().flatten().tolist())):
+            if i:  # it begins with a placeholder
+                x, at = visual[i - 1]
+                stands = torch.cat((stands, torch.arange(n, n + len(x), device=ids.device)))
+                rows, token_at, n, part = [*rows, x], [*token_at, stands[at]], n + len(x), part[1:]
+            rows.append(embedding(part))
+            token_at.append(torch.arange(n, n + len(part), device=ids.device))
+            n += len(part)
+        rows, token_at = torch.cat(rows), torch.cat(token_at) if vtu else torch.arange(n, device=ids.device)
+        c.check_length(len(token_at))
         return rows, token_at
 
     def head(self, x: Tensor) -> Tensor:
         tied = self.config.tie_word_embeddings
         return F.linear(x, (self.language_model.embed_tokens if tied else self.lm_head).weight)
 
-    def forward(self, ids, pixels: Tensor | None = None, settings: DyMU = DyMU()) -> Tensor:
-        """ids (T,) with one image placeholder, pixels (3, H, W) -> logits (R, vocab): a row per text token and per
-        unique visual token. Without pixels, a text-only prompt."""
-        rows, token_at = self.splice(ids, None if pixels is None else self.encode(pixels, settings), settings.vtu)
+    def forward(self, ids, pixels=None, settings: DyMU = DyMU()) -> Tensor:
+        """ids (T,) with a placeholder for each picture or video in pixels, as `encode` takes them -> logits (R, vocab).
+
+        R counts the text tokens and the unique visual tokens. Without pixels, a text-only prompt.
+        """
+        rows, token_at = self.splice(ids, [] if pixels is None else self.encode(pixels, settings), settings.vtu)
         return self.logits(rows, token_at, settings.queries)
 
     def logits(self, rows: Tensor, token_at: Tensor, queries: int | None = None) -> Tensor:
@@ -336,9 +295,9 @@ class Llava(nn.Module):
         return self.head(self.language_model(rows, token_at, *angles, queries))
 
     @torch.no_grad()
-    def generate(self, ids, pixels: Tensor | None = None, settings: DyMU = DyMU(), max_new_tokens=128, **options):
+    def generate(self, ids, pixels=None, settings: DyMU = DyMU(), max_new_tokens=128, **options):
         """Iterates over the ids of the answer. ids and pixels as in `forward`, options as in `decode`."""
-        rows, token_at = self.splice(ids, None if pixels is None else self.encode(pixels, settings), settings.vtu)
+        rows, token_at = self.splice(ids, [] if pixels is None else self.encode(pixels, settings), settings.vtu)
         cache = self.new_cache(len(rows) + max_new_tokens)
         yield from self.decode(rows, token_at, cache, settings.queries, max_new_tokens, **options)
 

@@ -11,83 +11,118 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from anyres import Video, grids
+
 WIDTH, MARGIN, GAP = 1200, 32, 16  # pixels; GAP is the least space between two pictures
 INK, SOFT, TRACK, ACCENT = "#1c2430", "#4d5866", "#e4e8ed", "#e4572e"
 LEGEND = "Flat colour: patches merged into one token. Pixels: a patch that kept a token of its own."
+WHOLE = " Counted, not drawn: the view of the whole, newlines."
+FADED = " Faded: the token stands in an earlier picture."
 SPELLED = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "•": "·", "ß": "ss"})
 
 
-def draw(picture: Image.Image, panels: list[tuple[str, Tensor, str]], question: str) -> Image.Image:
-    """The question, below it the input, and to its right a panel for each (title, token_at (N,), answer): 1200 px wide.
+def draw(views: list[Image.Image], panels: list[tuple], question: str) -> Image.Image:
+    """The question, below it the input, and a panel for each (title, grids, report), 1200 px wide.
 
-    picture: square, as the model sees it. token_at: the token at each of N = g x g patches, row by row; of g x g + 1
-    positions the first is the class token's and left out. The panels stand in one row, or where that makes patches
-    too small, as four panels of 24 x 24 would be, in two.
+    views: the pictures or frames as the model sees them; grids: the tokens (h, w) at the patches of each, from
+    `patches`; report: with answer, visual_tokens and virtual_tokens. One picture has its panels to its right, in one
+    row, or where that makes patches too small, as four panels of 24 x 24 would be, in two; several have them below.
     """
-    grids = [grid(token_at) for _, token_at, _ in panels]
-    g, width = len(grids[0]), WIDTH - 2 * MARGIN
-    for columns in (len(panels), math.ceil(len(panels) / 2)):  # beside the input
-        cell = (width - columns * GAP) // (columns + 1) // g  # pixels per patch, whole: so lines are sharp and even
+    shapes, width, several = [grid.shape for grid in panels[0][1]], WIDTH - 2 * MARGIN, len(views) > 1
+    most_h, most_w = (max(side) for side in zip(*shapes))
+    beside = (0,) if several else (len(panels), math.ceil(len(panels) / 2))  # panels to the right of the input
+    along = math.ceil(len(views) / math.ceil(len(views) / 4))  # views side by side, four at most
+    for columns in beside:
+        room = (width - columns * GAP) // (columns + 1) - (along - 1) * GAP
+        cell = max(room // along // most_w, 1)  # pixels per patch, whole: so lines are sharp and even
         if cell >= 10:
             break
-    side = cell * g
-    step = (width - side) / columns  # from one picture to the next
-    picture = picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    box_w, box_h = cell * most_w, cell * most_h
+    spots = [((box_w + GAP) * (i % along), (box_h + GAP) * (i // along)) for i in range(len(views))]
+    block_w, block_h = spots[along - 1][0] + box_w, spots[-1][1] + box_h
+    views = [
+        v.convert("RGB").resize((cell * w, cell * h), Image.Resampling.LANCZOS) for v, (h, w) in zip(views, shapes)
+    ]
 
-    counts = [int(at.max()) + 1 for at in grids]
-    titles = [f"{title}: {n} of {g * g} tokens" for (title, _, _), n in zip(panels, counts)]
-    answers = [answer.strip() or "(no answer)" for _, _, answer in panels]
+    (h, w), counts = shapes[0], [(report.visual_tokens, report.virtual_tokens) for _, _, report in panels]
+    titles = [f"{title}: {n} of {N} tokens" for (title, _, _), (n, N) in zip(panels, counts)]
+    answers = [report.answer.strip() or "(no answer)" for _, _, report in panels]
     above = Texts([question], (30, 26, 22, 18), width, most=2)
-    headings = Texts([f"input: {g} x {g} patches", *titles], (20, 18, 16), side, most=1)
-    captions = Texts([LEGEND, *answers], (17, 16, 15, 14), side, most=6)
-    places = [(0, 0)] + [(1 + i % columns, i // columns) for i in range(len(panels))]  # column, row
+    heading = f"input: {len(views)} pictures" if several else f"input: {h} x {w} patches"
+    headings = Texts([heading, *titles], (20, 18, 16), block_w, most=1)
+    undrawn = counts[0][1] - sum(h * w for h, w in shapes) > len(views)  # more than a class token or a newline each
+    captions = Texts([LEGEND + FADED * several + WHOLE * undrawn, *answers], (17, 16, 15, 14), block_w, most=6)
+    places = [(0, 0)] + [(1 + i % columns, i // columns) if columns else (0, 1 + i) for i in range(len(panels))]
     tops = [MARGIN + above.height(0) + 20]
     for row in range(1 + places[-1][1]):
         texts = max(headings.height(i) + captions.height(i) for i, place in enumerate(places) if place[1] == row)
-        tops.append(tops[-1] + side + 20 + texts + MARGIN)
+        tops.append(tops[-1] + block_h + 20 + texts + MARGIN)
 
     canvas = Image.new("RGB", (WIDTH, tops[-1]), "white")
     pen = ImageDraw.Draw(canvas)
     above.draw(pen, 0, MARGIN, MARGIN - 6, INK)
     for i, (column, row) in enumerate(places):
-        x, y = MARGIN + round(column * step), tops[row]
-        canvas.paste(merged(picture, grids[i - 1]) if i else picture, (x, y))
-        pen.rectangle((x - 1, y - 1, x + side, y + side), outline=TRACK)
-        y += side + 8
+        x, y = MARGIN + round(column * (width - block_w) / max(columns, 1)), tops[row]
+        for (dx, dy), view in zip(spots, merged(views, panels[i - 1][1]) if i else views):
+            canvas.paste(view, (x + dx, y + dy))
+            pen.rectangle((x + dx - 1, y + dy - 1, x + dx + view.width, y + dy + view.height), outline=TRACK)
+        y += block_h + 8
         if i:  # a bar: the share of the tokens that is left
-            pen.rectangle((x, y, x + side - 1, y + 3), fill=TRACK)
-            pen.rectangle((x, y, x + math.ceil(side * counts[i - 1] / g**2) - 1, y + 3), fill=ACCENT)
+            n, N = counts[i - 1]
+            pen.rectangle((x, y, x + block_w - 1, y + 3), fill=TRACK)
+            pen.rectangle((x, y, x + math.ceil(block_w * n / N) - 1, y + 3), fill=ACCENT)
         headings.draw(pen, i, x, y + 9, INK)
         captions.draw(pen, i, x, y + 11 + headings.height(i), SOFT)
     return canvas
 
 
-def grid(token_at: Tensor) -> Tensor:
-    """token_at (N,) -> (g, g), its tokens numbered from 0."""
-    N, g = len(token_at), math.isqrt(len(token_at))
-    if g == 0 or N - g * g not in (0, 1):
-        raise ValueError(f"token_at has {N} positions, wanted a square number of patches, or one more (class token)")
-    return token_at[N - g * g :].cpu().unique(return_inverse=True)[1].view(g, g)
+def patches(config, pixels: list, visual: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """What `Llava.encode` gave for pixels -> the tokens (h, w) at the patches of each picture or frame: of an AnyRes
+    picture at its tiles, without padding and newlines, or at the whole where it has no tiles."""
+    found = []
+    for one, (_, at) in zip(pixels, visual):
+        if isinstance(one, Tensor):
+            g = config.vision_config.grid
+            found.append(at[-g * g :].cpu().view(g, g))  # behind the class token, if it is there
+            continue
+        shapes = grids(one, config)
+        parts = [part.view(shape) for part, shape in zip(at.cpu().split([h * w for h, w in shapes]), shapes)]
+        tiles = parts[-1][:, :-1]
+        found += parts[:-1] if isinstance(one, Video) or not tiles.numel() else [tiles]
+    return found
 
 
-def merged(picture: Image.Image, at: Tensor) -> Image.Image:
-    """The picture with the tokens of at (g, g) filled and outlined; its sides are a multiple of g."""
-    side, cell = picture.width, picture.width // len(at)
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(side, side, 3).float()
-    at = at.repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # the token at every pixel
-    area = torch.bincount(at.flatten())
-    mean = torch.zeros(len(area), 3).index_add(0, at.flatten(), pixels.view(-1, 3)) / area[:, None]
-    size = (area / cell**2)[at]  # in patches
-    pixels = torch.where(size[..., None] == 1, pixels, mean[at])
+def merged(views: list[Image.Image], grids: list[Tensor]) -> list[Image.Image]:
+    """The views with their tokens filled and outlined; what stands in an earlier view too is faded."""
+    seen, drawn = torch.zeros(0, dtype=torch.long), []
+    for view, at in zip(views, grids):
+        w, h, cell = *view.size, view.width // at.shape[1]
+        old = torch.isin(at, seen)
+        seen = torch.cat((seen, at.flatten())).unique()
+        at = at.unique(return_inverse=True)[1].repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # at every pixel
+        pixels = torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8).view(h, w, 3).float()
+        area = torch.bincount(at.flatten())
+        mean = torch.zeros(len(area), 3).index_add(0, at.flatten(), pixels.view(-1, 3)) / area[:, None]
+        size = (area / cell**2)[at]  # in patches
+        pixels = torch.where(size[..., None] == 1, pixels, mean[at])
 
-    line, smaller = torch.zeros_like(at, dtype=torch.bool), size.clone()  # the first pixel right of a border, or below
-    for a, b, s, t in ((line, at, smaller, size), (line.T, at.T, smaller.T, size.T)):  # .T is a view: the same pixels
-        a[1:] |= b[1:] != b[:-1]
-        s[1:] = s[1:].minimum(t[:-1])
-    strength = line * (0.65 - 0.1 * smaller.log2()).clamp(min=0.25)  # of the smaller token: 1 patch .65, from 16 on .25
-    dark = (mean @ torch.tensor([0.299, 0.587, 0.114]) < 75)[at]
-    pixels = torch.lerp(pixels, 255.0 * dark[..., None], strength[..., None])  # white lines on dark tokens, else black
-    return Image.frombytes("RGB", (side, side), bytes(pixels.round().byte().flatten().tolist()))
+        line, smaller = (
+            torch.zeros_like(at, dtype=torch.bool),
+            size.clone(),
+        )  # the first pixel right of a border, or below
+        for a, b, s, t in (
+            (line, at, smaller, size),
+            (line.T, at.T, smaller.T, size.T),
+        ):  # .T is a view: the same pixels
+            a[1:] |= b[1:] != b[:-1]
+            s[1:] = s[1:].minimum(t[:-1])
+        strength = line * (0.65 - 0.1 * smaller.log2()).clamp(min=0.25)  # of the smaller: 1 patch .65, from 16 on .25
+        dark = (mean @ torch.tensor([0.299, 0.587, 0.114]) < 75)[at]
+        pixels = torch.lerp(pixels, 255.0 * dark[..., None], strength[..., None])  # white lines on dark, else black
+        old = old.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+        pixels = torch.where(old[..., None], torch.lerp(pixels, torch.tensor(255.0), 0.8), pixels)
+        drawn.append(Image.frombytes("RGB", (w, h), bytes(pixels.round().byte().flatten().tolist())))
+    return drawn
 
 
 class Texts:

@@ -35,9 +35,11 @@ from PIL import Image
 
 import model
 from budgets import merges
+from config import TextConfig, read_json
 from dymu import DyMU, attention, rotate, vtu_attention
-from load import KEYS, Processor, choose_device, choose_dtype, one_line, read_json
-from model import Llava, TextConfig, rope_table
+from load import KEYS, Processor, choose_device, choose_dtype
+from model import Llava, rope_table
+from pictures import one_line
 
 SIZES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 SHAPES = {  # the sizes of CLIP's vision tower (at 336 pixels, in patches of 14), and of Llama

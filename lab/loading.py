@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from load import load_model, read_config
+from config import read_config
+from load import load_model
 from model import Llava
 
 
@@ -30,13 +31,17 @@ def write_checkpoint(folder: Path) -> None:
     }  # all else as transformers' defaults
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        tensors = Llava(read_config(folder)).state_dict()
+        write_tensors(folder / "model.safetensors", Llava(read_config(folder)).state_dict())
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file with tensors of these names and shapes, in float16: sparse, all zeros."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + 2 * tensor.numel()
         header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
     packed = json.dumps(header).encode()
-    with open(folder / "model.safetensors", "wb") as file:
+    with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(packed)) + packed)
         file.truncate(8 + len(packed) + end)
 

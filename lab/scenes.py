@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,19 @@ def scene(seed, level=None, side=GRID, questions=10):
     things = place_things(rng, level, side, corner)
     image, owner = draw(rng, level, side, corner, things)
     return Scene(image, things, ask(rng, things, questions), dense_labels(owner, things, side, corner), corner, level)
+
+
+def clip(seed, level=0.3, frames=6):
+    """Pictures of one scene in which nothing moves but the last thing, from the left to the right."""
+    things = scene(seed, level).things
+    *still, moves = things
+    xs = [moves.w + (SIZE - 2 * moves.w) * i / (frames - 1) for i in range(frames)]
+    drawn = [draw(random.Random(seed), level, GRID, (0, 0), [*still, replace(moves, x=x)])[0] for x in xs]
+    strip = Image.new("RGB", (SIZE * frames, SIZE))
+    for i, frame in enumerate(drawn):
+        strip.paste(frame, (SIZE * i, 0))
+    palette = strip.quantize(dither=Image.Dither.NONE)  # one for all: in a GIF what is still stays still to the bit
+    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in drawn]
 
 
 def place_things(rng, level, side, corner):
@@ -330,6 +343,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--n", type=int, default=8, help="how many scenes, evenly from blank to cluttered")
     parser.add_argument("--seed", type=int, default=HELD_OUT, help="of the first scene")
+    parser.add_argument("--clip", action="store_true", help="write clip.gif too, the first scene with one thing moving")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     record = {}
@@ -338,6 +352,9 @@ def main():
         drawn.image.save(args.out / f"scene{i}.png")
         keys = ("kind", "question", "answer")
         record[f"scene{i}.png"] = [dict(zip(keys, item, strict=True)) for item in drawn.questions]
+    if args.clip:
+        first, *rest = clip(args.seed)
+        first.save(args.out / "clip.gif", save_all=True, append_images=rest, duration=200, loop=0)
     (args.out / "questions.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import torch
+import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 IMAGE, VOCAB = 259, 260  # <s> 0, </s> 1, <pad> 2, then the 256 bytes
+VIDEO = 260  # OneVision alone has it
 LLAVA_15_TEMPLATE = (  # what llava-hf/llava-1.5-7b-hf ships
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -17,50 +21,108 @@ LLAVA_15_TEMPLATE = (  # what llava-hf/llava-1.5-7b-hf ships
     "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+MISTRAL = (  # what llava-hf/llava-v1.6-mistral-7b-hf ships, without its system part
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+    "{{' [/INST]' }}{% endif %}{% endfor %}"
+)
+CHATML = (  # what llava-hf/llava-interleave-qwen-0.5b-hf and llava-onevision-qwen2-7b-ov-hf ship
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + content['text'] }}"
+    "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML_LINES = (  # what llava-hf/llava-v1.6-34b-hf and llava-onevision-qwen2-72b-si-hf ship
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+    "{{'<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML_NEXT = (  # what llava-hf/llava-next-72b-hf ships
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + content['text'] }}"
+    "{% endfor %}{{'<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA3 = (  # what llava-hf/llama3-llava-next-8b-hf ships
+    "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\\n' + content['text'] + '<|eot_id|>' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+CLASSES = {
+    "llava": (hf.LlavaConfig, hf.LlavaForConditionalGeneration),
+    "llava_next": (hf.LlavaNextConfig, hf.LlavaNextForConditionalGeneration),
+    "llava_onevision": (hf.LlavaOnevisionConfig, hf.LlavaOnevisionForConditionalGeneration),
+}
 
 
-def tokenizer() -> Tokenizer:
+def tokenizer(special=("<image>",)) -> Tokenizer:
     """One token per byte, <s> in front."""
     vocab = {"<s>": 0, "</s>": 1, "<pad>": 2}
     vocab |= {c: 3 + i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     t = Tokenizer(models.BPE(vocab, []))
-    t.add_special_tokens(["<s>", "</s>", "<pad>", "<image>"])
+    t.add_special_tokens(["<s>", "</s>", "<pad>", *special])
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert t.token_to_id("<image>") == IMAGE
     return t
 
 
-def make(folder: Path, seed=0, template=LLAVA_15_TEMPLATE, vision=None, text=None, **llava) -> Path:
-    """Saves a LLaVA-1.5-shaped checkpoint: 56 x 56 pictures, 16 patches, 4 vision and 3 text layers."""
+def make(folder: Path, family="llava", seed=0, template=LLAVA_15_TEMPLATE, vision=None, text=None, **llava) -> Path:
+    """Saves a LLaVA-1.5-shaped checkpoint, or one of another family: 4 vision and 3 text layers, and unless `vision` or
+    `text` says otherwise CLIP on 56 x 56 pictures, 16 patches, and Llama. SigLIP has 7 x 7 patches of 8 pixels."""
     torch.manual_seed(seed)
+    siglip, onevision = "siglip" in (vision or {}).get("model_type", ""), family == "llava_onevision"
     vision = {
         **dict(model_type="clip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=4),
-        **dict(num_attention_heads=4, image_size=56, patch_size=14, projection_dim=16),
+        **dict(num_attention_heads=4, image_size=56, patch_size=8 if siglip else 14),
+        **({} if siglip else dict(projection_dim=16)),
         **(vision or {}),
     }
     text = {
         **dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4),
-        **dict(num_key_value_heads=2, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2),
+        **dict(num_key_value_heads=2, vocab_size=VOCAB + onevision, bos_token_id=0, eos_token_id=1, pad_token_id=2),
         **(text or {}),
     }
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **llava)
-    model = LlavaForConditionalGeneration(config).eval()
+    if onevision:
+        llava["video_token_index"] = VIDEO
+    config_class, model_class = CLASSES[family]
+    model = model_class(config_class(vision_config=vision, text_config=text, image_token_index=IMAGE, **llava)).eval()
     with torch.no_grad():  # wider than transformers' initial 0.02, so that a mistake anywhere shows in the logits
         for name, p in model.named_parameters():
             p.copy_(
                 torch.randn_like(p) * (0.3 if "norm" in name or p.ndim == 1 else p.shape[-1] ** -0.5) + ("norm" in name)
             )
     model.save_pretrained(folder)
-    side = {"height": vision["image_size"], "width": vision["image_size"]}
-    LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": vision["image_size"]}, crop_size=side),
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="<pad>", image_token="<image>"
-        ),
+    side = vision["image_size"]
+    square, grids = {"height": side, "width": side}, dict(image_grid_pinpoints=llava.get("image_grid_pinpoints"))
+    words = tokenizer(("<image>", "<video>") if onevision else ("<image>",))
+    words = hf.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", image_token="<image>"
+    )
+    if onevision:  # its LlavaOnevisionProcessor needs torchvision
+        LlavaOnevisionImageProcessorPil(size=square, **grids).save_pretrained(folder)
+        words.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(template)
+        return folder
+    if family == "llava_next":
+        pictures = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=square, **grids)
+    elif siglip:
+        pictures = SiglipImageProcessorPil(size=square)
+    else:
+        pictures = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
+    (hf.LlavaNextProcessor if family == "llava_next" else hf.LlavaProcessor)(
+        pictures,
+        words,
         patch_size=vision["patch_size"],
         vision_feature_select_strategy=llava.get("vision_feature_select_strategy", "default"),
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(not siglip),
         chat_template=template,
     ).save_pretrained(folder)
     return folder

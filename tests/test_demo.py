@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import make
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_families import FAMILIES, clip
 from test_load import edit, picture
 
 import demo
+from anyres import positions
 from dymu import DyMU
-from load import load
+from load import Processor, load
 from model import Llava
 
 REPOSITORY = Path(__file__).parent.parent
@@ -212,6 +215,103 @@ def test_a_calibration_that_fails_leaves_nothing(run, folder, photo, tmp_path, m
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
+# ---- several pictures, video, AnyRes ----
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """A LLaVA-NeXT and a OneVision."""
+    folder = tmp_path_factory.mktemp("families")
+    for name in ("llava_next, Llama", "llava_onevision"):
+        make(folder / FAMILIES[name]["family"], **FAMILIES[name])
+    return folder
+
+
+@pytest.fixture
+def gif(tmp_path):
+    first, *rest = clip(5)
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=rest)
+    return tmp_path / "clip.gif"
+
+
+def test_two_pictures_and_a_question(run, saved, photo, tmp_path):
+    other = tmp_path / "other.png"
+    picture("RGB", (40, 80)).save(other)
+    status, out, err = run(photo, other, "what changed?", "--model", saved, "--json", "--max-new-tokens", 9)
+    report, (llava, processor) = json.loads(out), load(saved)
+    answer = llava.generate(processor.prompt("what changed?", 2), processor.image([photo, other]), max_new_tokens=9)
+    assert (status, err) == (0, "") and report["answer"] == processor.decode(answer)
+    assert report["virtual_tokens"] == report["visual_tokens"] == 32 and report["tokens_per_layer"] == [32, 32, 32]
+    status, out, _ = run(photo, other, "what changed?", "--model", saved, "--tokens", "all", "--method", "tome")
+    assert status == 0 and out.startswith(f"{photo} {other}: what changed?\n") and out.count("of 32 tokens") == 4
+
+
+@pytest.mark.parametrize("family, virtual", [("llava", 48), ("llava_next", 51), ("llava_onevision", 49)])
+def test_a_video_its_frames_and_temporal_merging(run, saved, families, gif, tmp_path, family, virtual):
+    model = saved if family == "llava" else families / family
+    argv = [gif, "what happens?", "--model", model, "--frames", 3, "--max-new-tokens", 2]
+    counts = []
+    for more in ([], ["--temporal", 0.9], ["--temporal", 0.9, "--tokens", "mid", "--method", "tome"]):
+        status, out, err = run(*argv, *more, "--json")
+        report = json.loads(out)
+        assert (status, err, report["virtual_tokens"]) == (0, "", virtual)
+        counts.append(report["visual_tokens"])
+    assert counts[0] == virtual > counts[1] > counts[2]
+    shown = tmp_path / "shown.png"
+    assert run(*argv, "--temporal", 0.9, "--tokens", "all", "--method", "tome", "--show", shown)[0] == 0
+    assert Image.open(shown).size[0] == 1200
+
+
+def test_a_film_and_a_picture_in_one_prompt(run, families, photo, gif):
+    status, out, err = run(gif, photo, "Q", "--model", families / "llava_onevision", "--json", "--max-new-tokens", 2)
+    llava, processor = load(families / "llava_onevision")
+    shown = [processor.video(gif), processor.image(photo)]
+    answer = processor.decode(llava.generate(processor.prompt("Q", shown), shown, max_new_tokens=2))
+    assert (status, err) == (0, "") and json.loads(out)["answer"] == answer
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_anyres_pictures_are_answered_shown_and_calibrated(run, families, photo, tmp_path, family):
+    folder, shown, pictures = families / family, tmp_path / "shown.png", tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(6):
+        picture("RGB", (40 + 31 * i, 120 - 7 * i)).save(pictures / f"{i}.png")
+    status, out, err = run("--calibrate", pictures, "--model", folder)
+    assert status == 0 and "wrote" in out
+    assert run(photo, QUESTION, "--model", folder, "--tokens", "all", "--show", shown, "--max-new-tokens", 2)[0] == 0
+    assert Image.open(shown).size[0] == 1200
+    reports = []
+    for tokens in ("full", "low"):
+        status, out, _ = run(photo, QUESTION, "--model", folder, "--tokens", tokens, "--json", "--max-new-tokens", 2)
+        reports.append(json.loads(out))
+    full, low = reports
+    processor = load(folder)[1]
+    pixels = processor.image(photo)
+    assert full["visual_tokens"] == full["virtual_tokens"] == positions(pixels, processor.config)
+    crops = len(pixels.crops) * processor.config.visual_tokens
+    assert full["tokens_per_layer"] == [crops] * processor.config.vision_layers
+    assert low["virtual_tokens"] == full["virtual_tokens"] and low["visual_tokens"] < 0.5 * full["visual_tokens"]
+    assert low["tokens_per_layer"][-1] < 0.3 * crops
+    assert_one_line(run(photo, QUESTION, "--model", folder, "--pad"), "AnyRes pads its tiles")
+
+
+def test_calibration_takes_the_crops_of_anyres_pictures_in_turn(run, families, tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        picture("RGB", (112, 112 + i)).save(tmp_path / "pictures" / f"{i}.png")
+    seen = []
+    monkeypatch.setattr("budgets.find_thresholds", lambda tower, images, r, n: seen.append(list(images)) or (1.0,) * 3)
+    assert run("--calibrate", tmp_path / "pictures", "--model", families / "llava_next")[0] == 0
+    processor = Processor(families / "llava_next")
+    for i, crop in enumerate(seen[0]):
+        crops = processor.image(tmp_path / "pictures" / f"{i}.png").crops
+        assert len(crops) == 5 and torch.equal(crop, crops[i])
+
+
+def test_options_may_stand_before_the_question(run, saved, photo):
+    assert run(photo, "--model", saved, "--max-new-tokens", 1, QUESTION)[0] == 0
+
+
 def test_help_fits_one_screen(run):
     status, out, err = run("--help")
     assert (status, err) == (0, "") and "examples:" in out
@@ -269,6 +369,35 @@ def test_a_picture_too_narrow_to_pad(run, saved, tmp_path):
     assert_one_line(
         run(bad_pictures(tmp_path) / "narrow.png", QUESTION, "--model", saved, "--pad"), "too narrow to pad"
     )
+
+
+def test_bad_videos(run, saved, photo, gif, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    picture("RGB", (60, 60)).save(tmp_path / "one.gif")
+    (tmp_path / "broken.gif").write_text("this is no video")
+    (tmp_path / "film.mp4").write_text("nor is this")
+    for name, message in (
+        ("one.gif", "it has 1 frames, a video has two or more"),
+        ("folder", "it has 0 frames"),
+        ("broken.gif", "cannot identify"),
+        ("missing.gif", "No such file"),
+        ("film.mp4", "cannot be read"),
+    ):
+        assert_one_line(run(tmp_path / name, "what happens?", "--model", saved), message)
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert_one_line(run(tmp_path / "film.mp4", "Q", "--model", saved), "needs PyAV: pip install -e '.[video]'")
+    assert_one_line(run(gif, "Q", "--model", saved, "--frames", 0), "--frames 0")
+    assert_one_line(run(gif, "Q", "--model", saved, "--temporal", 1.5), "temporal is 1.5; it is a cosine")
+    assert_one_line(run(gif, "Q", "--model", saved, "--temporal", "often"), "often")
+    assert_one_line(
+        run(photo, "Q", "--model", saved, "--temporal", 0.9), "--temporal needs a video or several pictures"
+    )
+
+
+def test_more_pictures_than_positions(run, saved, photo):
+    message = "the prompt takes 2212 positions, the model has 2048: fewer pictures or frames"
+    pictures = [photo] * 129
+    assert_one_line(run(*pictures, "Q", "--model", saved), message)
 
 
 def test_unreadable_picture(run, saved, photo, monkeypatch):

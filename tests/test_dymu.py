@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import dymu
 from dymu import (
     DyMU,
+    join_frames,
     match,
     merge,
     query_blocks,
@@ -132,6 +133,65 @@ def test_appendix_b_schedules():
     assert schedule(384, 24, "linear")[0] > 25
     with pytest.raises(ValueError, match="cubic"):
         schedule(10, 2, "cubic")
+
+
+# ---- temporal merging ----
+
+
+def joined_by_lists(frames, threshold):
+    """One token at a time -> the members (frame, token) of each token, its average, the tokens at the positions."""
+    members, average, maps = [], [], []
+    for f, (x, at) in enumerate(frames):
+        before, old, place = sorted(set(maps[-1])) if maps else [], [a.clone() for a in average], {}
+        for t in range(len(x)):
+            cosines = [float(torch.cosine_similarity(x[t], old[b], dim=0)) for b in before]
+            best = max(range(len(before)), key=cosines.__getitem__, default=None)
+            if best is not None and cosines[best] > threshold:
+                place[t] = before[best]
+                members[before[best]].append((f, t))
+            else:
+                place[t] = len(members)
+                members.append([(f, t)])
+                average.append(x[t])
+        for i, who in enumerate(members):  # every virtual position counts the same
+            sizes = torch.tensor([float((frames[g][1] == t).sum()) for g, t in who], dtype=torch.float64)
+            average[i] = (torch.stack([frames[g][0][t] for g, t in who]) * sizes[:, None]).sum(0) / sizes.sum()
+        maps.append([place[int(t)] for t in at])
+    return members, average, maps
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.3, 0.7, 1.0, None])
+def test_join_frames_equals_one_token_at_a_time(threshold):
+    base = torch.randn(8, 4, dtype=torch.float64)
+    frames = []
+    for n in (8, 6, 7, 6):  # tokens of each frame, on 12 positions
+        x = base[torch.randperm(8)[:n]] + 0.4 * torch.randn(n, 4, dtype=torch.float64)
+        frames.append((x, random_map(12, n)))
+    members, average, maps = joined_by_lists(frames, math.inf if threshold is None else threshold)
+    found = join_frames(frames, threshold)
+    new, at = (torch.cat(part) for part in zip(*found))
+    assert [a.tolist() for _, a in found] == maps
+    torch.testing.assert_close(new, torch.stack(average))
+    assert [len(x) for x, _ in found] == [sum(who[0][0] == f for who in members) for f in range(4)]
+    size = at.bincount()
+    assert size.sum() == 48 and len(size) == len(new) and size.min() >= 1
+    if threshold in (1.0, None):
+        assert len(new) == 27 and torch.equal(new, torch.cat([x for x, _ in frames]))
+    if threshold == -1.0:
+        assert len(new) == 8
+
+
+def test_temporal_is_a_cosine():
+    for wrong in (1.01, -2.0, math.nan):
+        with pytest.raises(ValueError, match="it is a cosine"):
+            DyMU(temporal=wrong)
+
+
+def test_a_token_that_is_alone_has_no_partner():
+    for class_token in (True, False):
+        score, partner = match(torch.randn(1, 4), class_token)
+        assert score.tolist() == [-math.inf] and partner.tolist() == [0]
+        assert not DyMU(r=(3,)).edges(score, 0).any() and not DyMU(thresholds=(-1.0,)).edges(score, 0).any()
 
 
 # ---- VTU ----

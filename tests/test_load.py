@@ -6,19 +6,19 @@ import re
 import numpy as np
 import pytest
 import torch
-from checkpoints import IMAGE, LLAVA_15_TEMPLATE
+from checkpoints import CHATML, CHATML_LINES, CHATML_NEXT, CLASSES, IMAGE, LLAMA3, LLAVA_15_TEMPLATE, MISTRAL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoProcessor, LlavaConfig
+from transformers import AutoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import load as loading
 from budgets import read_thresholds
+from config import TextConfig, VisionConfig, read_config
 from dymu import DyMU
-from load import Processor, choose_dtype, load, load_model, read_config
-from model import TextConfig, VisionConfig
+from load import Processor, choose_dtype, load, load_model
 
 
 def edit(file, **changes):
@@ -115,22 +115,12 @@ def test_exif_orientation_is_applied(saved, tmp_path):
 
 # ---- prompts ----
 
-MISTRAL = (  # what llava-hf/llava-v1.6-mistral-7b-hf ships, without its system part
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
-    "{{' [/INST]' }}{% endif %}{% endfor %}"
-)
-CHATML = (  # what llava-hf/llava-interleave-qwen-0.5b-hf ships
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + content['text'] }}"
-    "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+TEMPLATES = {"llava-1.5": LLAVA_15_TEMPLATE, "mistral": MISTRAL, "chatml": CHATML, "chatml, lines": CHATML_LINES}
+TEMPLATES |= {"chatml, next": CHATML_NEXT, "llama 3": LLAMA3}
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "processor_config.json"])
-@pytest.mark.parametrize("template", [LLAVA_15_TEMPLATE, MISTRAL, CHATML], ids=["llava-1.5", "mistral", "chatml"])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("question", ["What is it?", "Zwei {} Fragen:\nwas, wo?  Österreich 你好 🙂"])
 def test_prompt_equals_transformers(folder, template, place, question):
     (folder / "chat_template.jinja").unlink()
@@ -141,7 +131,7 @@ def test_prompt_equals_transformers(folder, template, place, question):
     else:
         edit(folder / place, chat_template=template)
     reference, processor = AutoProcessor.from_pretrained(folder), Processor(folder)
-    for image in (True, False):
+    for image in (True, False, 2):
         content = [{"type": "image"}] * image + [{"type": "text", "text": question}]
         text = reference.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, chat_template=template
@@ -183,20 +173,48 @@ def config_of(tmp_path, **config):
     return read_config(tmp_path)
 
 
-def test_defaults_of_a_sparse_config_are_those_of_transformers(tmp_path):
-    for sparse in (
-        {},  # nothing at all: LLaVA-1.5-7B's shapes
-        dict(vision_config={"model_type": "clip_vision_model"}, text_config={"model_type": "llama"}),
-        dict(vision_config={"hidden_size": 64, "num_attention_heads": 4}, text_config={"hidden_size": 256}),
-    ):
-        ours, theirs = config_of(tmp_path, **sparse), LlavaConfig(**sparse)
-        for part, kind in (("vision_config", VisionConfig), ("text_config", TextConfig)):
-            for name in kind.__dataclass_fields__.keys() - {"rope_theta"}:
-                assert getattr(getattr(ours, part), name) == getattr(getattr(theirs, part), name), (part, name)
-        assert ours.text_config.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
-        names = "vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias"
-        for name in (names + " image_token_index tie_word_embeddings").split():
-            assert getattr(ours, name) == getattr(theirs, name), name
+SPARSE = [
+    {},  # nothing at all: the shapes of LLaVA-1.5-7B and its relatives
+    dict(vision_config={"model_type": "clip_vision_model"}, text_config={"model_type": "llama"}),
+    dict(vision_config={"model_type": "siglip_vision_model"}, text_config={"model_type": "mistral"}),
+    dict(text_config={"model_type": "mistral", "sliding_window": None}),
+    dict(text_config={"model_type": "qwen2"}),
+    dict(vision_config={"hidden_size": 64, "num_attention_heads": 4}, text_config={"hidden_size": 256}),
+]
+
+
+@pytest.mark.parametrize("sparse", SPARSE)
+@pytest.mark.parametrize("family", CLASSES)
+def test_defaults_of_a_sparse_config_are_those_of_transformers(tmp_path, family, sparse):
+    if "vision_config" in sparse:  # a multiple of it must be in the default grids
+        side = {"llava": 224, "llava_next": 336, "llava_onevision": 384}[family]
+        sparse = sparse | dict(vision_config=sparse["vision_config"] | dict(image_size=side))
+        if family != "llava":  # tiles are square
+            siglip = sparse["vision_config"].get("model_type", CLASSES[family][0]().vision_config.model_type)[0] == "s"
+            sparse["vision_feature_select_strategy"] = "full" if siglip else "default"
+    ours, theirs = config_of(tmp_path, model_type=family, **sparse), CLASSES[family][0](**sparse)
+    ours_v, theirs_v, ours_t, theirs_t = ours.vision_config, theirs.vision_config, ours.text_config, theirs.text_config
+    for name in VisionConfig.__dataclass_fields__.keys() - {"class_token"}:
+        assert getattr(ours_v, name) == getattr(theirs_v, name), name
+    assert ours_v.class_token == (theirs_v.model_type == "clip_vision_model")
+    of_llama = {"attention_bias", "output_bias", "mlp_bias", "head_dim"}
+    for name in TextConfig.__dataclass_fields__.keys() - of_llama - {"rope_theta", "max_position_embeddings"}:
+        assert getattr(ours_t, name) == getattr(theirs_t, name), name
+    assert ours_t.head_dim == (
+        getattr(theirs_t, "head_dim", None) or theirs_t.hidden_size // theirs_t.num_attention_heads
+    )
+    assert (ours_t.attention_bias, ours_t.output_bias) == (theirs_t.model_type == "qwen2", False)
+    assert ours_t.rope_theta == theirs_t.rope_parameters["rope_theta"]
+    window = getattr(theirs_t, "sliding_window", None) or theirs_t.max_position_embeddings
+    assert ours_t.max_position_embeddings == min(window, theirs_t.max_position_embeddings)
+    eos = theirs_t.eos_token_id
+    assert ours.eos_token_id == (() if eos is None else (eos,))
+    names = "vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias"
+    for name in (names + " image_token_index tie_word_embeddings").split():
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.video_token_index == getattr(theirs, "video_token_index", None)
+    assert [list(grid) for grid in ours.image_grid_pinpoints] == getattr(theirs, "image_grid_pinpoints", [])
+    assert ours.anyres_max == (9 if family == "llava_onevision" else None)
 
 
 def test_spellings_of_the_same_configuration(tmp_path):

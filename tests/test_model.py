@@ -108,14 +108,19 @@ LAYOUTS = {  # how to get from the keys that transformers 5 writes to others tha
 }
 
 
+def rename(folder, layout):
+    tensors = load_file(folder / "model.safetensors")
+    for pattern, replacement in LAYOUTS[layout]:
+        tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parity_key_layouts(tmp_path, pixels, layout):
     saved, renamed = make(tmp_path / "saved"), make(tmp_path / "renamed")
     tensors = load_file(saved / "model.safetensors")
-    for pattern, replacement in LAYOUTS[layout]:
-        tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
-    assert tensors.keys() != load_file(saved / "model.safetensors").keys()
-    save_file(tensors, renamed / "model.safetensors", metadata={"format": "pt"})
+    assert rename(renamed, layout).keys() != tensors.keys()
     assert_parity(renamed, pixels, reference=saved)
 
 
@@ -145,12 +150,12 @@ def test_parity_of_a_config_with_its_defaults_left_out(tmp_path, pixels):
 # ---- merging in the encoder ----
 
 
-def encoder_by_sets(folder, pixels, thresholds):
-    """DToMe around transformers' CLIP, one image, token by token: -> x, the set of positions of each token."""
-    tower = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().model.vision_tower
-    heads = tower.config.num_attention_heads
+def encoder_by_sets(tower, pixels, thresholds):
+    """DToMe around transformers' CLIP or SigLIP, one image, token by token -> x, the set of positions of each."""
+    heads, clip = tower.config.num_attention_heads, hasattr(tower, "pre_layrnorm")
     with torch.no_grad():
-        x = tower.pre_layrnorm(tower.embeddings(pixels[None]))[0]
+        x = tower.embeddings(pixels[None])[0]
+        x = tower.pre_layrnorm(x) if clip else x
         positions = [{i} for i in range(len(x))]
         for layer, tau in zip(tower.encoder.layers, thresholds):
             h, a = layer.layer_norm1(x), layer.self_attn
@@ -159,7 +164,7 @@ def encoder_by_sets(folder, pixels, thresholds):
             size = torch.tensor([float(len(p)) for p in positions])
             weight = scores.exp() * size  # Eq. 5 without a logarithm: |P| times the exponential
             x = x + a.out_proj((weight / weight.sum(-1, keepdim=True) @ v).transpose(0, 1).flatten(1))
-            score, partner = match(k.mean(0))
+            score, partner = match(k.mean(0), clip)
             keep = (score > tau).tolist()
             if any(keep):
                 x, positions = merged_by_sets(x, positions, partner.tolist(), keep)
@@ -171,9 +176,10 @@ def encoder_by_sets(folder, pixels, thresholds):
 def test_eq1_to_eq5_encoder_equals_token_by_token(saved, llava, images, budget):
     found = find_thresholds(llava.vision_tower, images, budget, 6)
     thresholds = tuple(tau + 1e-4 for tau in found)  # off the score of the edge that each was read from
+    tower = LlavaForConditionalGeneration.from_pretrained(saved, dtype=torch.float32).eval().model.vision_tower
     for image in images:
         x, token_at = llava.vision_tower(image, DyMU(thresholds=thresholds))
-        expected, positions = encoder_by_sets(saved, image, thresholds)
+        expected, positions = encoder_by_sets(tower, image, thresholds)
         torch.testing.assert_close(x, expected[1:], rtol=1e-4, atol=1e-5)
         assert [{p + 1 for p in (token_at == t).nonzero().flatten().tolist()} for t in range(len(x))] == positions[1:]
         assert positions[0] == {0}

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 import tomllib
+import torch
+from checkpoints import CLASSES
 
 import demo
+from anyres import Picture, positions
+from lab.loading import write_tensors
+from load import load_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,9 +32,90 @@ def test_files_exist_and_line_counts_hold():
         assert (ROOT / link).exists(), link
 
 
+LARGE = dict(model_type="clip_vision_model", hidden_size=1024, image_size=336, intermediate_size=4096)
+LARGE |= dict(num_attention_heads=16, num_hidden_layers=24, patch_size=14, projection_dim=768)
+SO400M = dict(model_type="siglip_vision_model", hidden_size=1152, image_size=384, intermediate_size=4304)
+SO400M |= dict(num_attention_heads=16, num_hidden_layers=26, patch_size=14, vision_use_head=False)
+VICUNA_7B = dict(model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-5, vocab_size=32064)
+VICUNA_13B = VICUNA_7B | dict(hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=40)
+MISTRAL_7B = dict(model_type="mistral", max_position_embeddings=32768, num_key_value_heads=8, rope_theta=1e6)
+MISTRAL_7B |= dict(rms_norm_eps=1e-5, vocab_size=32064, sliding_window=None)
+QWEN = dict(model_type="qwen2", max_position_embeddings=32768, rope_theta=1e6)
+INTERLEAVE = dict(vision_config=SO400M, vision_feature_layer=-1, vision_feature_select_strategy="full")
+CHECKPOINTS = {  # the config.json of each, as far as it says something about shapes
+    "llava-hf/llava-1.5-7b-hf": ("llava", dict(vision_config=LARGE, text_config=VICUNA_7B)),
+    "llava-hf/llava-1.5-13b-hf": ("llava", dict(vision_config=LARGE, text_config=VICUNA_13B)),
+    "llava-hf/llava-interleave-qwen-0.5b-hf": (
+        "llava",
+        INTERLEAVE
+        | dict(
+            text_config=QWEN
+            | dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_hidden_layers=24)
+            | dict(num_key_value_heads=16, tie_word_embeddings=True, vocab_size=152000)
+        ),
+    ),
+    "llava-hf/llava-interleave-qwen-7b-hf": (
+        "llava",
+        INTERLEAVE | dict(text_config=QWEN | dict(intermediate_size=11008, vocab_size=152000)),
+    ),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": ("llava_next", dict(vision_config=LARGE, text_config=VICUNA_7B)),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": ("llava_next", dict(vision_config=LARGE, text_config=VICUNA_13B)),
+    "llava-hf/llava-v1.6-mistral-7b-hf": ("llava_next", dict(vision_config=LARGE, text_config=MISTRAL_7B)),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (
+        "llava_onevision",
+        dict(
+            vision_config=SO400M,
+            text_config=QWEN
+            | dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=24)
+            | dict(num_key_value_heads=2, tie_word_embeddings=True, vocab_size=152000),
+            tie_word_embeddings=True,
+        ),
+    ),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": (
+        "llava_onevision",
+        dict(
+            vision_config=SO400M,
+            text_config=QWEN
+            | dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_hidden_layers=28)
+            | dict(num_key_value_heads=4, vocab_size=152128),
+        ),
+    ),
+}
+ROW = r"^\| `(llava-hf/[\w.-]+)` \| (CLIP|SigLIP) .+ \| (.+) \| ([\d.]+) B \| ([\d.]+) GB \| (\d+) \|$"
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_supported_checkpoint_loads_by_shape(tmp_path, name):
+    """transformers' tensors of that config.json, in sparse files, pass our strict loader: the README's numbers hold."""
+    (row,) = [row[1:] for row in re.findall(ROW, README, re.M) if row[0] == name]
+    family, config = CHECKPOINTS[name]
+    with torch.device("meta"):
+        theirs = CLASSES[family][1](CLASSES[family][0](**config))
+    tied = config.get("tie_word_embeddings") or config["text_config"].get("tie_word_embeddings")
+    tensors = [pair for pair in theirs.state_dict().items() if not (tied and pair[0] == "lm_head.weight")]
+    shards = {f"model-{i:04}.safetensors": dict(tensors[i : i + 100]) for i in range(0, len(tensors), 100)}
+    for shard, part in shards.items():
+        write_tensors(tmp_path / shard, part)
+    index = {"weight_map": {key: shard for shard, part in shards.items() for key in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family, **config)))
+    llava = load_model(tmp_path, "cpu", "bfloat16", only="none")
+    n, c = sum(p.numel() for p in llava.parameters()), llava.config
+    photo = Picture(None, (960, 1280)) if c.image_grid_pinpoints else torch.zeros(3, 1, 1)
+    tower = "CLIP" if c.vision_config.class_token else "SigLIP"
+    decoder = dict(llama="Vicuna", mistral="Mistral").get(config["text_config"]["model_type"], "Qwen")
+    assert row[0] == tower and row[1].startswith(decoder)
+    assert row[2:] == (f"{n / 1e9:.2f}", f"{2 * n / 1e9:.1f}", str(positions(photo, c)))
+
+
+def test_the_table_of_checkpoints_has_no_other_rows():
+    assert [row[0] for row in re.findall(ROW, README, re.M)] == list(CHECKPOINTS)
+    assert README.count("| `llava-hf/") == len(CHECKPOINTS)
+
+
 def test_every_equation_names_a_function_and_a_test_that_exist():
     rows = re.findall(r"^\| .+ \| `([\w.]+)` \| `(test_\w+)` \|$", README, re.M)
-    modules = [importlib.import_module(name) for name in ("dymu", "model")]
+    modules = [importlib.import_module(name) for name in ("dymu", "anyres", "model")]
     assert len(rows) >= 10
     for function, test in rows:
         owner, *attribute = function.split(".")

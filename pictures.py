@@ -1,0 +1,75 @@
+"""Files to pictures: upright, RGB, as Pillow images; and the frames of a video."""
+
+from functools import partial
+from pathlib import Path
+
+from PIL import Image, ImageOps, ImageSequence
+
+FILMS = (".mp4", ".mov", ".m4v", ".mkv", ".avi", ".webm")
+
+
+def one_line(e: BaseException) -> str:
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def read_picture(picture) -> Image.Image:
+    """A PIL image or the path of one -> upright, RGB. Transparency is laid on white, as transformers does."""
+    try:
+        if not isinstance(picture, Image.Image) and Path(picture).exists() and not Path(picture).is_file():
+            raise OSError("it is not a file")
+        image = ImageOps.exif_transpose(picture if isinstance(picture, Image.Image) else Image.open(picture))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on broken files
+        raise ValueError(f"picture {str(picture)!r} cannot be read: {one_line(e)}") from e
+
+
+def is_video(path) -> bool:
+    """Whether a path is to be read by `read_frames`: a folder, a film, a GIF, or another picture that moves."""
+    path = Path(path)
+    if path.is_dir() or path.suffix.lower() in (*FILMS, ".gif"):
+        return True
+    try:
+        if not path.is_file():
+            return False
+        with Image.open(path) as image:
+            return image.format in ("PNG", "WEBP", "AVIF") and getattr(image, "n_frames", 1) > 1
+    except Exception:  # what is wrong with it is said where it is read
+        return False
+
+
+def read_frames(path, count: int = 8) -> list[Image.Image]:
+    """`count` frames of a video, RGB: the first, the last and evenly between them, or all if it has no more.
+
+    path: a folder of pictures, in the order of their names; an animated picture (GIF, WebP, PNG); or a film, for which
+    PyAV must be installed. Raises ValueError for what cannot be read or has but one frame.
+    """
+    try:
+        total = sum(1 for _ in each_frame(Path(path)))
+        if total < 2:
+            raise ValueError(f"it has {total} frames, a video has two or more")
+        wanted = range(total) if count >= total else [i * (total - 1) // max(count - 1, 1) for i in range(count)]
+        return [read() for i, read in enumerate(each_frame(Path(path))) if i in wanted]
+    except ImportError as e:
+        raise ValueError(f"video {str(path)!r} needs PyAV: pip install -e '.[video]'") from e
+    except Exception as e:  # of many types, as in read_picture
+        raise ValueError(f"video {str(path)!r} cannot be read: {one_line(e)}") from e
+
+
+def each_frame(path: Path):
+    """Yields a function for each frame, which makes it a picture."""
+    if path.is_dir():
+        for file in sorted(f for f in path.iterdir() if f.suffix.lower() in Image.registered_extensions()):
+            yield partial(read_picture, file)
+    elif path.suffix.lower() in FILMS:
+        import av  # the `video` extra
+
+        with av.open(str(path)) as film:
+            for frame in film.decode(video=0):
+                yield frame.to_image
+    else:
+        with Image.open(path) as image:
+            for frame in ImageSequence.Iterator(image):
+                yield partial(read_picture, frame)

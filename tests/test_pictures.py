@@ -1,0 +1,85 @@
+"""Videos: what is one, which frames are taken, and what is wrong with it."""
+
+import sys
+
+import av
+import pytest
+from PIL import Image
+
+from pictures import is_video, read_frames
+
+SHADES = [20 * i for i in range(11)]
+
+
+def shades(frames):
+    return [frame.getpixel((5, 5))[0] for frame in frames]
+
+
+def frames(n=11, size=(64, 48)):
+    return [Image.new("RGB", size, (shade,) * 3) for shade in SHADES[:n]]
+
+
+def write(path, n=11):
+    first, *rest = frames(n)
+    if path.suffix == "":
+        path.mkdir()
+        (path / "notes.txt").write_text("no picture")
+        for i, frame in enumerate([first, *rest]):
+            frame.save(path / f"{i:03}.png")
+    elif path.suffix == ".mp4":
+        with av.open(str(path), "w") as film:
+            stream = film.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = *first.size, "yuv420p"
+            for frame in [first, *rest]:
+                film.mux(stream.encode(av.VideoFrame.from_image(frame)))
+            film.mux(stream.encode())
+    else:
+        lossless = {} if path.suffix == ".gif" else dict(lossless=True)
+        first.save(path, save_all=True, append_images=rest, duration=100, **lossless)
+    return path
+
+
+NAMES = ["folder", "clip.gif", "clip.webp", "clip.png", "clip.mp4"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frames_are_spread_evenly_from_the_first_to_the_last(tmp_path, name):
+    path = write(tmp_path / name)
+    assert is_video(path)
+    for count, expected in ((8, [0, 1, 2, 4, 5, 7, 8, 10]), (2, [0, 10]), (1, [0]), (11, range(11)), (99, range(11))):
+        found = read_frames(path, count)
+        assert [frame.mode for frame in found] == ["RGB"] * len(found) and found[0].size == (64, 48)
+        assert shades(found) == pytest.approx([SHADES[i] for i in expected], abs=3)  # a film is coded with loss
+
+
+@pytest.mark.parametrize("name", ["still.webp", "still.png", "photo.jpg"])
+def test_a_picture_that_does_not_move_is_no_video(tmp_path, name):
+    frames(1)[0].save(tmp_path / name)
+    assert not is_video(tmp_path / name)
+    assert not is_video(tmp_path / "missing.webp")
+
+
+@pytest.mark.parametrize("name", ["one.gif", "one", "one.mp4"])
+def test_one_frame_is_refused(tmp_path, name):
+    path = write(tmp_path / name, n=1)
+    assert is_video(path)
+    with pytest.raises(ValueError, match="it has 1 frames, a video has two or more"):
+        read_frames(path)
+
+
+@pytest.mark.parametrize("name", ["broken.gif", "broken.mp4"])
+def test_a_broken_video_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"this is no video")
+    with pytest.raises(ValueError, match=rf"video '.*{name}' cannot be read"):
+        read_frames(tmp_path / name)
+    content = write(tmp_path / f"whole{name[-4:]}").read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 3])
+    with pytest.raises(ValueError, match=rf"video '.*{name}' cannot be read"):
+        read_frames(tmp_path / name)
+
+
+def test_a_film_without_pyav_says_which_extra(tmp_path, monkeypatch):
+    path = write(tmp_path / "clip.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"needs PyAV: pip install -e '\.\[video\]'"):
+        read_frames(path)
