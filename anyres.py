@@ -113,6 +113,6 @@ def resample(x: Tensor, grid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Te
     merged this is the full model's resizing and nothing else.
     """
     resized = F.interpolate(rearrange(x[grid], "h w d -> 1 d h w"), size, mode="bilinear")
-    nearest = F.interpolate(grid[None, None].double(), size, mode="nearest-exact").long().flatten()
+    nearest = F.interpolate(grid[None, None].float(), size, mode="nearest-exact").long().flatten()
     used, token_at = nearest.unique(return_inverse=True)
     return remerge(rearrange(resized, "1 d h w -> (h w) d"), token_at, len(used)), token_at.view(size)

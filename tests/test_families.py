@@ -527,3 +527,21 @@ def test_an_unreachable_temporal_threshold_changes_nothing(family):
     pixels = processor.video(clip())
     ids = processor.prompt(QUESTION, pixels)
     assert torch.equal(llava(ids, pixels, DyMU(temporal=1.0)), llava(ids, pixels))
+
+
+# ---- half precision ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_and_stays_near(family, dtype):
+    folder, whole, processor, _ = family
+    half = load(folder, "cpu", dtype)[0]
+    settings = DyMU(thresholds=thresholds_of(whole, processor), temporal=0.9)
+    for pixels in (processor.image(picture(SIZES["large"])), processor.video(clip())):
+        ids = processor.prompt(QUESTION, pixels)
+        full, expected = half(ids, pixels), whole(ids, pixels)
+        assert full.dtype == getattr(torch, dtype)
+        assert torch.corrcoef(torch.stack((full.float().flatten(), expected.flatten())))[0, 1] > 0.999
+        assert half(ids, pixels, settings).isfinite().all()
+        assert len(list(half.generate(ids, pixels, settings, max_new_tokens=3, eos=()))) == 3
