@@ -1,4 +1,4 @@
-"""Asks a LLaVA checkpoint about a picture, with as many visual tokens as a budget allows; or finds thresholds."""
+"""Asks a LLaVA checkpoint about pictures or a video, with the visual tokens of a budget; or finds thresholds."""
 
 import warnings
 
@@ -32,6 +32,8 @@ EXAMPLES = """examples:
   python demo.py photo.jpg "What is on the table?"                      all visual tokens: the plain model
   python demo.py photo.jpg "What is on the table?" --tokens low         16 % of them on average, more if it is busy
   python demo.py photo.jpg "What is on the table?" --tokens low --vtu off    the same without virtual unmerging
+  python demo.py before.jpg after.jpg "What changed?"                    several pictures
+  python demo.py clip.gif "What happens?" --frames 8                    a video
   python demo.py --calibrate photos/ --model my-llava                   finds low, mid and high for another model
 """
 SHOWCASE = [  # what it does without arguments
@@ -62,7 +64,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=110),
     )
     p.add_argument(
-        "inputs", nargs="*", metavar="IMAGE ... QUESTION", help="pictures; or a GIF, folder or film; a question"
+        "inputs",
+        nargs="*",
+        metavar="IMAGE ... QUESTION",
+        help="pictures and videos (a GIF, a folder of frames, a film), then the question",
     )
     p.add_argument("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help="Hub id or folder (%(default)s)")
     p.add_argument(
@@ -170,12 +175,7 @@ class Report:
 
 def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
     settings, (*inputs, question) = read_settings(a, folder, processor), a.inputs
-    # bad input is told before a long load
-    shown = [read_frames(one, a.frames) if is_video(one) else read_picture(one) for one in inputs]
-    pictures = sum(not isinstance(one, list) for one in shown)
-    pixels = [processor.video(one) if isinstance(one, list) else processor.image(one, pictures > 1) for one in shown]
-    pixels = [one for part in pixels for one in (part if isinstance(part, list) else [part])]
-    views = [processor.view(v, pictures > 1) for one in shown for v in (one if isinstance(one, list) else [one])]
+    pixels, views = see(processor, inputs, a.frames)  # so that bad input is told before a long load
     if a.temporal is not None and len(views) < 2:
         raise ValueError("--temporal needs a video or several pictures")
     ids, c = processor.prompt(question, pixels), processor.config
@@ -203,10 +203,27 @@ def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: to
         note(f"wrote {a.show}")
 
 
+def see(processor: Processor, inputs: list[str], count: int) -> tuple[list, list[Image.Image]]:
+    """Paths of pictures and videos -> what `Llava.encode` takes, the pictures and frames as the model sees them."""
+    pixels, views = [], []
+    shown = [read_frames(path, count) if is_video(path) else read_picture(path) for path in inputs]
+    several = sum(isinstance(one, Image.Image) for one in shown) > 1
+    for one in shown:
+        if isinstance(one, list):
+            video = processor.video(one)
+            pixels += video if isinstance(video, list) else [video]
+            views += map(processor.view, one)
+        else:
+            pixels.append(processor.image(one, several))
+            views.append(processor.view(one, several))
+    return pixels, views
+
+
 def ask(llava, processor: Processor, pixels, ids, settings: DyMU, options: dict, stream=None):
     """Answers once -> its Report, what `Llava.encode` gave. stream, if any, is called with each piece of the answer."""
     c, layers = llava.config, llava.vision_tower.layers
-    dropped, tokens_per_layer = int(c.vision_feature_select_strategy == "default"), [0] * len(layers)
+    dropped = int(c.vision_config.class_token and c.vision_feature_select_strategy == "default")
+    tokens_per_layer = [0] * len(layers)
 
     def count(i, fc2, args, out):
         tokens_per_layer[i] += len(out) - dropped

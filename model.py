@@ -2,6 +2,8 @@
 Face's checkpoints, shapes are without a batch axis, and DyMU changes a standard block in the places marked "differs".
 """
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -238,14 +240,13 @@ class Llava(nn.Module):
         c = self.config
         takes = (Picture, Video) if c.video_token_index is not None else Picture if c.image_grid_pinpoints else Tensor
         if not isinstance(pixels, takes):
-            raise ValueError(
-                f"pixels are a {type(pixels).__name__}, not what this model's processor makes of a picture"
-            )
-        crops, at, rows = pixels[None] if isinstance(pixels, Tensor) else pixels[0], [], 0
+            kind = type(pixels).__name__
+            raise ValueError(f"pixels are a {kind}, not what this model's processor makes of a picture")
+        crops = pixels[None] if isinstance(pixels, Tensor) else pixels[0]
         encoded = [self.vision_tower(crop, settings) for crop in crops]
-        for x, token_at in encoded:
-            at, rows = [*at, rows + token_at], rows + len(x)
-        x, at = self.multi_modal_projector(torch.cat([x for x, _ in encoded])), torch.stack(at)  # (rows, D), (C, N)
+        starts = accumulate((len(x) for x, _ in encoded), initial=0)
+        x = self.multi_modal_projector(torch.cat([x for x, _ in encoded]))  # (R, D), of all crops
+        at = torch.stack([start + token_at for start, (_, token_at) in zip(starts, encoded)])  # (C, N)
         if isinstance(pixels, Tensor):
             return x, at[0]
         return arrange(x, at, self.image_newline, pixels, c, settings.temporal)

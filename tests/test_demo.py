@@ -246,6 +246,11 @@ def test_two_pictures_and_a_question(run, saved, photo, tmp_path):
     assert status == 0 and out.startswith(f"{photo} {other}: what changed?\n") and out.count("of 32 tokens") == 4
 
 
+def test_several_pictures_are_seen_whole_by_onevision(run, families, photo):
+    argv = [photo, photo, "Q", "--model", families / "llava_onevision", "--json", "--max-new-tokens", 1]
+    assert json.loads(run(*argv)[1])["virtual_tokens"] == 2 * (49 + 1)
+
+
 @pytest.mark.parametrize("family, virtual", [("llava", 48), ("llava_next", 51), ("llava_onevision", 49)])
 def test_a_video_its_frames_and_temporal_merging(run, saved, families, gif, tmp_path, family, virtual):
     model = saved if family == "llava" else families / family
@@ -394,9 +399,10 @@ def test_bad_videos(run, saved, photo, gif, tmp_path, monkeypatch):
     )
 
 
-def test_more_pictures_than_positions(run, saved, photo):
+def test_more_pictures_than_positions(run, saved, photo, monkeypatch):
     message = "the prompt takes 2212 positions, the model has 2048: fewer pictures or frames"
     pictures = [photo] * 129
+    monkeypatch.setattr(demo, "load_model", None)  # it is said before a long load
     assert_one_line(run(*pictures, "Q", "--model", saved), message)
 
 

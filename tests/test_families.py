@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_model import decoder_by_expansion, encoder_by_sets, rename
 from transformers import AutoProcessor
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -255,9 +256,11 @@ REAL = {  # the grids, crop, patch and cap of the real checkpoints
 }
 
 
+@pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("kind", REAL)
-def test_the_number_of_positions_is_that_of_transformers(kind):
+def test_the_number_of_positions_is_that_of_transformers(kind, order):
     pinpoints, side, patch, cap = REAL[kind]
+    pinpoints = pinpoints[::order]  # it decides between grids that are equally good, and nothing else
     vision = VisionConfig(image_size=side, patch_size=patch, class_token=not cap)
     c = LlavaConfig(vision_config=vision, image_grid_pinpoints=tuple(map(tuple, pinpoints)), anyres_max=cap)
     g = side // patch
@@ -267,6 +270,9 @@ def test_the_number_of_positions_is_that_of_transformers(kind):
     theirs._get_unpadded_features = partial(processor._get_unpadded_features, theirs)
     rng, capped = np.random.default_rng(0), 0
     for height, width in [(336, 336), (1, 1), (4000, 3000), *rng.integers(20, 3000, (300, 2)).tolist()]:
+        assert [side * n for n in cut((height, width), c)[0]] == list(
+            select_best_resolution((height, width), pinpoints)
+        )
         expected = processor._get_number_of_features(theirs, height, width, side, side)
         assert positions(Picture(None, (height, width)), c) == expected, (height, width)
         tiles, padding, size = cut((height, width), c)

@@ -6,13 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from checkpoints import CHATML, CHATML_LINES, CHATML_NEXT, CLASSES, IMAGE, LLAMA3, LLAVA_15_TEMPLATE, MISTRAL
+from checkpoints import CHATML, CHATML_LINES, CHATML_NEXT, CLASSES, IMAGE, LLAMA3, LLAVA_15_TEMPLATE, MISTRAL, make
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import load as loading
 from budgets import read_thresholds
@@ -103,6 +104,15 @@ def test_old_preprocessor_config_with_plain_numbers_and_nulls(folder):
     assert torch.equal(Processor(folder).image(image), expected)
     (folder / "preprocessor_config.json").unlink()  # nothing at all: CLIP's, at the tower's resolution
     assert torch.equal(Processor(folder).image(image), expected)
+
+
+@pytest.mark.parametrize("said", [{}, dict(image_processor_type="SiglipImageProcessor", resample=3)])
+def test_siglips_preprocessing_is_the_default_of_its_tower(tmp_path, said):
+    folder = make(tmp_path, vision=dict(model_type="siglip_vision_model"), vision_feature_select_strategy="full")
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    image, theirs = picture("RGB", (90, 61)), SiglipImageProcessorPil(size={"height": 56, "width": 56})
+    assert torch.equal(Processor(folder).image(image), theirs(image, return_tensors="pt")["pixel_values"][0])
 
 
 def test_exif_orientation_is_applied(saved, tmp_path):
@@ -215,6 +225,12 @@ def test_defaults_of_a_sparse_config_are_those_of_transformers(tmp_path, family,
     assert ours.video_token_index == getattr(theirs, "video_token_index", None)
     assert [list(grid) for grid in ours.image_grid_pinpoints] == getattr(theirs, "image_grid_pinpoints", [])
     assert ours.anyres_max == (9 if family == "llava_onevision" else None)
+
+
+def test_llava_has_neither_tiles_nor_a_video_token_whatever_its_config_says(tmp_path):
+    more = dict(image_grid_pinpoints=[[336, 672]], video_token_index=32001, vision_aspect_ratio="anyres_max_9")
+    assert config_of(tmp_path, **more) == config_of(tmp_path)
+    assert config_of(tmp_path).placeholders == (32000,)
 
 
 def test_spellings_of_the_same_configuration(tmp_path):
