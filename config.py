@@ -43,7 +43,7 @@ class VisionConfig:
 
 @dataclass
 class TextConfig:
-    """Llama and what differs from it in numbers alone; the defaults are transformers' LlamaConfig."""
+    """Llama; Mistral, which has other numbers; Qwen2, which has biases. The defaults are transformers' LlamaConfig."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -36,10 +37,13 @@ EXAMPLES = """examples:
   python demo.py clip.gif "What happens?" --frames 8                    a video
   python demo.py --calibrate photos/ --model my-llava                   finds low, mid and high for another model
 """
-SHOWCASE = [  # what it does without arguments
-    *(str(Path(__file__).parent / "tiny" / "sample.png"), "what is in the image from left to right?"),
-    *("--model", "tiny", "--tokens", "all", "--show", "merged.png"),
-]
+
+
+def showcase() -> list[str]:
+    """What it does without arguments."""
+    sample = os.path.relpath(Path(__file__).with_name("tiny") / "sample.png")
+    question = "what is in the image from left to right?"
+    return [sample, question, "--model", "tiny", "--tokens", "all", "--show", "merged.png"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,29 +98,48 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_intermixed_args(argv)
 
 
+def check(a: argparse.Namespace) -> None:
+    """What can be wrong with the command line itself."""
+    if a.calibrate is not None:
+        if a.inputs or not Path(a.calibrate).is_dir():
+            raise ValueError(f"{a.calibrate} is not a folder" if not a.inputs else "--calibrate takes a folder alone")
+    elif len(a.inputs) < 2:
+        raise ValueError("IMAGE and QUESTION are needed, or --calibrate FOLDER; --help shows examples")
+    elif os.path.isfile(a.inputs[-1]):
+        raise ValueError(f"the question is missing: {a.inputs[-1]!r}, in its place, is a file")
+    for option, value, good, wanted in (
+        ("max-new-tokens", a.max_new_tokens, a.max_new_tokens >= 1, "at least 1"),
+        ("frames", a.frames, a.frames >= 1, "at least 1"),
+        ("temporal", a.temporal, a.temporal is None or -1 <= a.temporal <= 1, "a cosine, from -1 to 1"),
+        ("temperature", a.temperature, a.temperature == 0 or 1e-6 <= a.temperature <= 100, "0 or from 0.000001 to 100"),
+        ("threads", a.threads, a.threads is None or 1 <= a.threads <= 1024, "from 1 to 1024"),
+        ("show", a.show, a.show is None or a.show.lower().endswith(".png"), "a .png file"),
+        ("vtu", a.vtu, re.fullmatch(r"all|off|0*[1-9]\d{0,5}", a.vtu), "all, off or a number from 1 to 999999"),
+    ):
+        if not good:
+            raise ValueError(f"--{option} {value} is not {wanted}")
+    for file in map(Path, filter(None, (a.show, a.save))):
+        if not file.absolute().parent.is_dir() or (file.exists() and not file.is_file()):
+            raise ValueError(f"{file} cannot be written: it is no file, or its folder does not exist")
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    a = parse(argv or SHOWCASE)
+    a = parse(argv or showcase())
     try:
-        if a.calibrate is None and len(a.inputs) < 2:
-            raise ValueError("IMAGE and QUESTION are needed, or --calibrate FOLDER; --help shows examples")
-        if a.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {a.max_new_tokens} is not at least 1")
-        if not (a.temperature == 0 or 1e-6 <= a.temperature <= 100):
-            raise ValueError(f"--temperature {a.temperature} is neither 0 nor from 0.000001 to 100")
-        if a.frames < 1:
-            raise ValueError(f"--frames {a.frames} is not at least 1")
+        check(a)
         if a.threads is not None:
-            if not 1 <= a.threads <= 1024:
-                raise ValueError(f"--threads {a.threads} is not from 1 to 1024")
             torch.set_num_threads(a.threads)
-        for file in map(Path, filter(None, (a.show, a.save))):
-            if not file.absolute().parent.is_dir() or (file.exists() and not file.is_file()):
-                raise ValueError(f"{file} cannot be written: it is no file, or its folder does not exist")
         device = choose_device(a.device)
+        shown = [read_frames(one, a.frames) if is_video(one) else read_picture(one) for one in a.inputs[:-1]]
+        if a.temporal is not None and sum(len(one) if isinstance(one, list) else 1 for one in shown) < 2:
+            raise ValueError("--temporal needs a video or several pictures")
         folder = find(a.model, announce=lambda size, where: note(f"downloading {size / 1e9:.1f} GB to {where}"))
         processor = Processor(folder, a.pad)
-        (answer if a.calibrate is None else calibrate)(a, folder, processor, device)
+        if a.calibrate is None:
+            answer(a, folder, processor, device, shown)
+        else:
+            calibrate(a, folder, processor, device)
     except (ValueError, OSError) as e:
         fail(one_line(e))
     except KeyboardInterrupt:
@@ -173,13 +196,13 @@ class Report:
         return f"{name:>6} {counts}, {times}: {' '.join(self.answer.split())}"
 
 
-def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
+def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device, shown: list) -> None:
+    """shown: pictures, and videos as lists of frames."""
     settings, (*inputs, question) = read_settings(a, folder, processor), a.inputs
-    pixels, views = see(processor, inputs, a.frames)  # so that bad input is told before a long load
-    if a.temporal is not None and len(views) < 2:
-        raise ValueError("--temporal needs a video or several pictures")
+    pixels, views = see(processor, shown)
     ids, c = processor.prompt(question, pixels), processor.config
-    c.check_length(len(ids) - len(pixels) + positions(pixels, c))
+    if a.vtu != "off":  # so that it is told before a long load; without VTU there are fewer positions
+        c.check_length(len(ids) - len(pixels) + positions(pixels, c))
     llava, panels, several = load_model(folder, device, a.dtype, progress=loading), [], len(settings) > 1
     asked = llava, processor, pixels, ids
     options = dict(max_new_tokens=a.max_new_tokens, temperature=a.temperature, seed=a.seed, expand=a.expand_cache)
@@ -203,10 +226,9 @@ def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: to
         note(f"wrote {a.show}")
 
 
-def see(processor: Processor, inputs: list[str], count: int) -> tuple[list, list[Image.Image]]:
-    """Paths of pictures and videos -> what `Llava.encode` takes, the pictures and frames as the model sees them."""
+def see(processor: Processor, shown: list) -> tuple[list, list[Image.Image]]:
+    """Pictures, and videos as lists of frames -> what `Llava.encode` takes, and each as the model sees it."""
     pixels, views = [], []
-    shown = [read_frames(path, count) if is_video(path) else read_picture(path) for path in inputs]
     several = sum(isinstance(one, Image.Image) for one in shown) > 1
     for one in shown:
         if isinstance(one, list):
@@ -259,8 +281,6 @@ def ask(llava, processor: Processor, pixels, ids, settings: DyMU, options: dict,
 
 def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> dict[str, DyMU]:
     """What --tokens, --method and --vtu ask for, by the name of the budget; with --tokens all, of all four."""
-    if a.vtu not in ("all", "off") and not (a.vtu.isdecimal() and 0 < int(a.vtu) < 10**6):
-        raise ValueError(f"--vtu {a.vtu!r} is not all, off or a number from 1")
     options = dict(temporal=a.temporal, vtu=a.vtu != "off", queries=int(a.vtu) if a.vtu.isdecimal() else None)
     settings = {}
     for name in ("full", "high", "mid", "low") if a.tokens == "all" else (a.tokens,):
@@ -284,8 +304,6 @@ def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> 
 
 def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
     save, pictures = Path(a.save or folder / "thresholds.json"), Path(a.calibrate)
-    if not pictures.is_dir():
-        raise ValueError(f"{pictures} is not a folder")
     files = sorted(f for f in pictures.iterdir() if f.suffix.lower() in Image.registered_extensions())
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         if device.type == "cuda":

@@ -4,6 +4,7 @@ Only data is read, never a pickle that could run code. What is wrong with a chec
 one line says what, where and what to do.
 """
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import DryRunError
 from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -57,9 +59,10 @@ def find(path_or_repo_id, announce=None) -> Path:
         return folder
     try:
         if announce is not None:
-            files = snapshot_download(name, allow_patterns=FILES, dry_run=True)
-            if size := sum(f.file_size for f in files if f.will_download):
-                announce(size, HF_HUB_CACHE)
+            with contextlib.suppress(DryRunError):  # no connection: it may be in the cache
+                files = snapshot_download(name, allow_patterns=FILES, dry_run=True)
+                if size := sum(f.file_size for f in files if f.will_download):
+                    announce(size, HF_HUB_CACHE)
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as e:  # of many types: no such repository, no network, no right to it, a full disk
         why = f"no connection, no such repository or no right to it ({type(e).__name__})"

@@ -43,7 +43,7 @@ class VisionLayer(nn.Module):
         h = self.layer_norm1(x)
         q, k, v = (rearrange(p(h), "n (h d) -> h n d", h=self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         mask = None  # until something has merged this is plain attention, bit for bit
-        if len(x) < len(token_at):
+        if len(x) < len(token_at):  # differs from CLIP and SigLIP: Eq. 5
             mask = size_bias(size).to(x.dtype).expand(1, len(x), len(x))
         x = x + self.out_proj(rearrange(attention(q, k, v, mask), "h n d -> n (h d)"))
         return x, at_least_float32(k).mean(dim=0)

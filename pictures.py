@@ -1,5 +1,6 @@
 """Files to pictures: upright, RGB, as Pillow images; and the frames of a video."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -43,13 +44,13 @@ def is_video(path) -> bool:
 def read_frames(path, count: int = 8) -> list[Image.Image]:
     """`count` frames of a video, RGB: the first, the last and evenly between them, or all if it has no more.
 
-    path: a folder of pictures, in the order of their names; an animated picture (GIF, WebP, PNG); or a film, for which
-    PyAV must be installed. Raises ValueError for what cannot be read or has but one frame.
+    path: a folder of pictures, by name, where frame2 comes before frame10; an animated picture (GIF, WebP, PNG); or a
+    film, for which PyAV must be installed. Raises ValueError for what cannot be read or has but one frame.
     """
     try:
         total = sum(1 for _ in each_frame(Path(path)))
         if total < 2:
-            raise ValueError(f"it has {total} frames, a video has two or more")
+            raise ValueError(f"frames in it: {total}, and a video has two or more")
         wanted = range(total) if count >= total else [i * (total - 1) // max(count - 1, 1) for i in range(count)]
         return [read() for i, read in enumerate(each_frame(Path(path))) if i in wanted]
     except ImportError as e:
@@ -61,15 +62,25 @@ def read_frames(path, count: int = 8) -> list[Image.Image]:
 def each_frame(path: Path):
     """Yields a function for each frame, which makes it a picture."""
     if path.is_dir():
-        for file in sorted(f for f in path.iterdir() if f.suffix.lower() in Image.registered_extensions()):
+        files = [f for f in path.iterdir() if f.suffix.lower() in Image.registered_extensions()]
+        for file in sorted(files, key=by_number):
             yield partial(read_picture, file)
     elif path.suffix.lower() in FILMS:
         import av  # the `video` extra
 
         with av.open(str(path)) as film:
             for frame in film.decode(video=0):
-                yield frame.to_image
+                yield partial(upright, frame)
     else:
         with Image.open(path) as image:
             for frame in ImageSequence.Iterator(image):
                 yield partial(read_picture, frame)
+
+
+def by_number(path: Path) -> list:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def upright(frame) -> Image.Image:
+    """PyAV's frame as a picture, turned as the film says, as phones' do."""
+    return frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)

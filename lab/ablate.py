@@ -108,7 +108,7 @@ def examine(folder: Path, rows: dict[str, DyMU], picture) -> dict:
     found = dict(questions=questions, bytes_per_pixel=jpeg.tell() / pixels[0].numel(), tokens={}, right={})
     for name, settings in rows.items():
         visual = encode(dataclasses.replace(settings, vtu=True, queries=None))
-        found["tokens"][name], found["right"][name] = len(visual[0]), []
+        found["tokens"][name], found["right"][name] = len(visual[0][0]), []
         for ids, told in asked:
             x, token_at = llava.splice(ids, visual, settings.vtu)
             logits = llava.logits(x, token_at, settings.queries)[-len(told) :]

@@ -122,7 +122,8 @@ def ask(watch, pixels, encode, streams):
         held = cache.bytes if hasattr(cache, "bytes") else sum(c.keys.nbytes + c.values.nbytes for c in cache.layers)
         decode = [watch(stream.__next__)[1] for _ in range(STEPS)]
         stages = dict(preprocess=preprocess, encoder=encoder, prefill=prefill, decode=decode)
-        yield name, dict(stages, rows=len(visual[0]), cache=held)
+        rows = visual[0][0] if isinstance(visual[0], tuple) else visual[0]  # ours come with their map
+        yield name, dict(stages, rows=len(rows), cache=held)
 
 
 # ---- what watches a stage: run() -> its result, and what it took ----

@@ -382,8 +382,8 @@ def test_bad_videos(run, saved, photo, gif, tmp_path, monkeypatch):
     (tmp_path / "broken.gif").write_text("this is no video")
     (tmp_path / "film.mp4").write_text("nor is this")
     for name, message in (
-        ("one.gif", "it has 1 frames, a video has two or more"),
-        ("folder", "it has 0 frames"),
+        ("one.gif", "frames in it: 1, and a video has two or more"),
+        ("folder", "frames in it: 0"),
         ("broken.gif", "cannot identify"),
         ("missing.gif", "No such file"),
         ("film.mp4", "cannot be read"),
@@ -392,7 +392,7 @@ def test_bad_videos(run, saved, photo, gif, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     assert_one_line(run(tmp_path / "film.mp4", "Q", "--model", saved), "needs PyAV: pip install -e '.[video]'")
     assert_one_line(run(gif, "Q", "--model", saved, "--frames", 0), "--frames 0")
-    assert_one_line(run(gif, "Q", "--model", saved, "--temporal", 1.5), "temporal is 1.5; it is a cosine")
+    assert_one_line(run(gif, "Q", "--model", saved, "--temporal", 1.5), "--temporal 1.5 is not a cosine, from -1 to 1")
     assert_one_line(run(gif, "Q", "--model", saved, "--temporal", "often"), "often")
     assert_one_line(
         run(photo, "Q", "--model", saved, "--temporal", 0.9), "--temporal needs a video or several pictures"
@@ -418,6 +418,8 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
     "argv, message",
     [
         (["PHOTO"], "IMAGE and QUESTION are needed"),
+        (["PHOTO", "PHOTO"], "the question is missing"),
+        (["PHOTO", "Q", "--calibrate", "."], "--calibrate takes a folder alone"),
         (["--json"], "IMAGE and QUESTION are needed"),
         (["PHOTO", ""], "question is empty"),
         (["PHOTO", "  "], "question is empty"),
@@ -431,8 +433,8 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
         (["PHOTO", "Q", "--dtype", "int4"], "'int4'"),
-        (["PHOTO", "Q", "--vtu", "0"], "--vtu '0'"),
-        (["PHOTO", "Q", "--vtu", "some"], "--vtu 'some'"),
+        (["PHOTO", "Q", "--vtu", "0"], "--vtu 0 is not all, off or a number"),
+        (["PHOTO", "Q", "--vtu", "some"], "--vtu some is not all, off or a number"),
         (["PHOTO", "Q", "--method", "magic"], "magic"),
         (["PHOTO", "Q", "--frobnicate"], "--frobnicate"),
         (["PHOTO", "Q", "--max-new-tokens", "0"], "--max-new-tokens"),
@@ -441,8 +443,8 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
         *((["PHOTO", "Q", "--threads", t], "--threads") for t in ("0", "1000000", "all")),
         (["PHOTO", "Q", "--vtu", "99999999999999999999"], "--vtu"),
         (["PHOTO", "Q", "--show", "no/where.png"], "cannot be written"),
-        (["PHOTO", "Q", "--show", "."], "cannot be written"),
-        (["PHOTO", "Q", "--show", "/dev/null"], "cannot be written"),
+        (["PHOTO", "Q", "--show", "."], "--show . is not a .png file"),
+        (["PHOTO", "Q", "--show", "/dev/null"], "is not a .png file"),
         (["PHOTO", "Q", "--tokens", "tiny"], "none of full, high, mid, low and all, and not a file"),
         (["PHOTO", "Q", "--tokens", "low"], "python demo.py --calibrate IMAGES_FOLDER --model"),
         (["PHOTO", "Q", "--tokens", "x.json", "--method", "tome"], "--method tome takes"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -287,6 +288,22 @@ def test_a_head_of_its_own_goes_before_tied_embeddings(folder):
     edit(folder / "config.json", tie_word_embeddings=True)
     weights = load_file(folder / "model.safetensors")
     assert torch.equal(load_model(folder, "cpu").lm_head.weight, weights["language_model.lm_head.weight"])
+
+
+def test_a_hub_id_in_the_cache_needs_no_connection(folder, tmp_path, monkeypatch):
+    cache = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(folder, cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    announced = []
+    assert loading.find("owner/name", announce=lambda *said: announced.append(said)).samefile(
+        cache / "snapshots" / ("0" * 40)
+    )
+    assert not announced
+    with pytest.raises(ValueError, match=r"not to be had from the Hub: .*LocalEntryNotFoundError"):
+        loading.find("owner/other", announce=lambda *said: announced.append(said))
 
 
 def test_a_hub_id_is_downloaded_after_it_was_announced(folder, monkeypatch):

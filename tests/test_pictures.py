@@ -1,5 +1,6 @@
 """Videos: what is one, which frames are taken, and what is wrong with it."""
 
+import struct
 import sys
 
 import av
@@ -25,7 +26,7 @@ def write(path, n=11):
         path.mkdir()
         (path / "notes.txt").write_text("no picture")
         for i, frame in enumerate([first, *rest]):
-            frame.save(path / f"{i:03}.png")
+            frame.save(path / f"frame{i}.png")
     elif path.suffix == ".mp4":
         with av.open(str(path), "w") as film:
             stream = film.add_stream("mpeg4", rate=10)
@@ -63,7 +64,7 @@ def test_a_picture_that_does_not_move_is_no_video(tmp_path, name):
 def test_one_frame_is_refused(tmp_path, name):
     path = write(tmp_path / name, n=1)
     assert is_video(path)
-    with pytest.raises(ValueError, match="it has 1 frames, a video has two or more"):
+    with pytest.raises(ValueError, match="frames in it: 1, and a video has two or more"):
         read_frames(path)
 
 
@@ -83,3 +84,14 @@ def test_a_film_without_pyav_says_which_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"needs PyAV: pip install -e '\.\[video\]'"):
         read_frames(path)
+
+
+def test_a_film_is_turned_as_it_says(tmp_path):
+    path = write(tmp_path / "clip.mp4")
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44  # of the track: 16.16 numbers, row by row; a quarter turn
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    with av.open(str(path)) as film:
+        assert abs(next(film.decode(video=0)).rotation) == 90
+    assert [frame.size for frame in read_frames(path, 2)] == [(48, 64)] * 2
