@@ -92,7 +92,7 @@ def arrange(x: Tensor, at: Tensor, newline: Tensor, pixels: Picture | Video, c, 
             x, grid = torch.cat((x, resized)), len(x) + grid
     # one row for all newlines; only where nothing has merged one for each, since Eq. 11 would average over them
     line = len(x) + torch.arange(len(grid), device=x.device) * (not merged)
-    x = torch.cat((x, newline.expand(max(len(grid), 1), -1)))
+    x = torch.cat((x, newline.expand(len(grid), -1)))
     return settle(x, torch.cat((first, torch.cat((grid, line[:, None]), dim=1).flatten())))
 
 

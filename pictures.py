@@ -50,7 +50,7 @@ def read_frames(path, count: int = 8) -> list[Image.Image]:
     try:
         total = sum(1 for _ in each_frame(Path(path)))
         if total < 2:
-            raise ValueError(f"frames in it: {total}, and a video has two or more")
+            raise ValueError(f"it has {total} frame{'s' * (total != 1)}, a video has two or more")
         wanted = range(total) if count >= total else [i * (total - 1) // max(count - 1, 1) for i in range(count)]
         return [read() for i, read in enumerate(each_frame(Path(path))) if i in wanted]
     except ImportError as e:

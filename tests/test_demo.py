@@ -382,8 +382,8 @@ def test_bad_videos(run, saved, photo, gif, tmp_path, monkeypatch):
     (tmp_path / "broken.gif").write_text("this is no video")
     (tmp_path / "film.mp4").write_text("nor is this")
     for name, message in (
-        ("one.gif", "frames in it: 1, and a video has two or more"),
-        ("folder", "frames in it: 0"),
+        ("one.gif", "it has 1 frame, a video has two or more"),
+        ("folder", "it has 0 frames, a video"),
         ("broken.gif", "cannot identify"),
         ("missing.gif", "No such file"),
         ("film.mp4", "cannot be read"),

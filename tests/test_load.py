@@ -234,6 +234,12 @@ def test_llava_has_neither_tiles_nor_a_video_token_whatever_its_config_says(tmp_
     assert config_of(tmp_path).placeholders == (32000,)
 
 
+def test_attention_bias_is_llamas_alone(tmp_path):
+    for kind, biases in (("llama", (True, True)), ("mistral", (False, False)), ("qwen2", (True, False))):
+        c = config_of(tmp_path, text_config=dict(model_type=kind, attention_bias=True)).text_config
+        assert (c.attention_bias, c.output_bias) == biases
+
+
 def test_spellings_of_the_same_configuration(tmp_path):
     for text in (dict(rope_theta=5e5), dict(rope_parameters=dict(rope_theta=5e5, rope_type="default"))):
         assert config_of(tmp_path, text_config=text).text_config.rope_theta == 5e5

@@ -60,11 +60,17 @@ def test_a_picture_that_does_not_move_is_no_video(tmp_path, name):
     assert not is_video(tmp_path / "missing.webp")
 
 
+def test_pages_are_no_frames(tmp_path):
+    first, *rest = frames(3)
+    first.save(tmp_path / "pages.tiff", save_all=True, append_images=rest)
+    assert not is_video(tmp_path / "pages.tiff")
+
+
 @pytest.mark.parametrize("name", ["one.gif", "one", "one.mp4"])
 def test_one_frame_is_refused(tmp_path, name):
     path = write(tmp_path / name, n=1)
     assert is_video(path)
-    with pytest.raises(ValueError, match="frames in it: 1, and a video has two or more"):
+    with pytest.raises(ValueError, match="it has 1 frame, a video has two or more"):
         read_frames(path)
 
 
