@@ -3,7 +3,8 @@
 For high resolution a model sees a picture whole and in tiles. It puts the features of the tiles side by side, drops the
 rows and columns that were padding, may resize what is left, and ends each row with one learned feature, image_newline.
 All but the resizing moves features without changing them. So it is done here to the tokens' places in the map: with
-merging the virtual sequence is position by position the full model's, and newline is one token that stands at many.
+merging the virtual sequence is position by position the full model's, and newline is one token that stands at many
+(where nothing has merged each has a row of its own: the average of Eq. 11 over them would not be the full model's).
 """
 
 import math
@@ -77,10 +78,11 @@ def arrange(x: Tensor, at: Tensor, newline: Tensor, pixels: Picture | Video, c, 
 
     newline: (D,). temporal: as in `DyMU`. Raises ValueError for a number of crops that is not the picture's.
     """
-    g, merged, first, grid = c.vision_config.grid, len(x) < at.numel(), at[0], at.new_empty(1, 0)
+    g, merged = c.vision_config.grid, len(x) < at.numel()
+    front, grid = at[0], at.new_empty(1, 0)  # the whole; and nothing before the one newline
     if isinstance(pixels, Video):  # frames are pooled 2 x 2
         frames = [resample(x, frame.view(g, g), grids(pixels, c)[0]) for frame in at]
-        x, first = map(torch.cat, zip(*join_frames([(x, frame.flatten()) for x, frame in frames], temporal)))
+        x, front = map(torch.cat, zip(*join_frames([(x, frame.flatten()) for x, frame in frames], temporal)))
     elif pixels.size:
         (rows, columns), (above, left), size = cut(pixels.size, c)
         if len(at) != 1 + rows * columns:
@@ -90,10 +92,9 @@ def arrange(x: Tensor, at: Tensor, newline: Tensor, pixels: Picture | Video, c, 
         if grid.shape != size:
             resized, grid = resample(x, grid, size)
             x, grid = torch.cat((x, resized)), len(x) + grid
-    # one row for all newlines; only where nothing has merged one for each, since Eq. 11 would average over them
     line = len(x) + torch.arange(len(grid), device=x.device) * (not merged)
     x = torch.cat((x, newline.expand(len(grid), -1)))
-    return settle(x, torch.cat((first, torch.cat((grid, line[:, None]), dim=1).flatten())))
+    return settle(x, torch.cat((front, torch.cat((grid, line[:, None]), dim=1).flatten())))
 
 
 def settle(x: Tensor, token_at: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import LlavaConfig, read_json
+from config import LlavaConfig, one_line, read_json
 from dymu import DyMU, find_thresholds, schedule
-from pictures import one_line
 
 BUDGETS = {"low": 93 / 576, "mid": 208 / 576, "high": 392 / 576}  # share of the N tokens left, on average over images
 BATCH = 64  # images that share one ranking of edges in Eq. 4

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from dymu import DyMU
-from pictures import one_line
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # what OpenAI's CLIP was trained with
@@ -45,6 +44,7 @@ class VisionConfig:
 class TextConfig:
     """Llama; Mistral, which has other numbers; Qwen2, which has biases. The defaults are transformers' LlamaConfig."""
 
+    model_type: str = "llama"
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -96,6 +96,11 @@ class LlavaConfig:
         return c.grid**2 + c.class_token - (self.vision_feature_select_strategy == "default")
 
     @property
+    def has_video(self) -> bool:
+        """Whether it is LLaVA-OneVision, to which a video is one thing and not several pictures."""
+        return self.video_token_index is not None
+
+    @property
     def placeholders(self) -> tuple[int, ...]:
         """The ids that stand for a picture or a video in a prompt."""
         return tuple(i for i in (self.image_token_index, self.video_token_index) if i is not None)
@@ -131,7 +136,7 @@ FAMILIES = {  # of the whole; the vision tower, where there is no vision_config 
     "llava_next": (NEXT, LARGE, "llama"),
     "llava_onevision": (ONEVISION, SO400M, "qwen2"),
 }
-OF_FAMILIES = {"image_grid_pinpoints", "vision_aspect_ratio", "video_token_index"}  # has them where its defaults do
+OF_FAMILIES = {"image_grid_pinpoints", "vision_aspect_ratio", "video_token_index"}  # of those whose defaults have them
 TOWERS = {
     "clip_vision_model": dict(class_token=True),
     "siglip_vision_model": dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, class_token=False),
@@ -141,6 +146,10 @@ QWEN2 = dict(intermediate_size=22016, num_key_value_heads=32, max_position_embed
 DECODERS = {"llama": {}, "mistral": MISTRAL, "qwen2": QWEN2 | dict(eos_token_id=[])}
 RANGES = {"num_hidden_layers": (1, 1000), "vision_feature_layer": (-1000, 1000)}
 RANGES |= {"image_token_index": (0, 1e9), "video_token_index": (0, 1e9)}
+
+
+def one_line(e: BaseException) -> str:
+    return " ".join(str(e).split()) or type(e).__name__
 
 
 def read_json(path: Path, kind=dict):
@@ -184,6 +193,7 @@ def read_config(folder: Path) -> LlavaConfig:
     supported("vision model_type", vision["model_type"], *TOWERS)
     supported("text model_type", decoder, *DECODERS)
     vision, text = TOWERS[vision["model_type"]] | vision, DECODERS[decoder] | text
+    vision["class_token"] = TOWERS[vision["model_type"]]["class_token"]
     rope = section(text, "rope_parameters") or section(text, "rope_scaling")  # the new name and the old one
     supported("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
@@ -198,7 +208,7 @@ def read_config(folder: Path) -> LlavaConfig:
     c["tie_word_embeddings"] = bool(c.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     c["dtype"] = c.get("dtype") or c.get("torch_dtype")
     grids, cap = c.pop("image_grid_pinpoints", None), c.get("vision_aspect_ratio")
-    c |= dict(vision_config=fill(VisionConfig, vision), text_config=fill(TextConfig, text))
+    c |= dict(vision_config=fill(VisionConfig, vision), text_config=fill(TextConfig, text), anyres_max=None)
     config = fill(LlavaConfig, c)
     v, t = config.vision_config, config.text_config
     if family:  # AnyRes

@@ -25,9 +25,10 @@ import budgets
 import show
 from anyres import Picture, positions
 from budgets import BUDGETS, merges, read_thresholds
+from config import one_line
 from dymu import DyMU
 from load import Processor, choose_device, find, load_model
-from pictures import is_video, one_line, read_frames, read_picture
+from pictures import is_video, read_frames, read_picture
 
 EXAMPLES = """examples:
   python demo.py photo.jpg "What is on the table?"                      all visual tokens: the plain model
@@ -217,7 +218,8 @@ def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: to
             print(json.dumps(dict(model=a.model, tokens=name, method=a.method, vtu=a.vtu) | asdict(report)))
         else:
             print(report.row(name) if several else f"\n{report}")
-        if name != "full" or not several or a.temporal is not None:  # else the input itself shows what full is
+        # of the four budgets the input itself shows what full is
+        if a.show and (name != "full" or not several or a.temporal is not None):
             panels.append((name, show.patches(c, pixels, visual), report))
     if a.show:
         picture = show.draw(views, panels, question)

@@ -11,7 +11,7 @@
     theta      cos, sin     (N, d/2)    RoPE angles of the N virtual positions, one per pair of dimensions
 
 Four tokens of which two merged: token_at = [0, 1, 0, 2], so positions 0 and 2 hold token 0, and size = [2, 1, 1].
-Every function takes one image or one sequence: lengths differ from image to image, and nothing is padded.
+Every function but join_frames takes one image or one sequence: lengths differ, and nothing is padded.
 """
 
 from dataclasses import dataclass
@@ -169,6 +169,8 @@ def join_frames(frames: list[tuple[Tensor, Tensor]], threshold: float | None) ->
     all frames up to it. A token joins where the cosine is > threshold (None: nowhere). What it joins stands in both
     frames then, so that the next frame's may join it too, and is the average over all of them.
     """
+    if not frames:
+        return []
     x, size, maps, counts = frames[0][0][:0], torch.zeros(0, device=frames[0][0].device), [], []
     for new_x, at in frames:
         n, where = len(x), len(x) + torch.arange(len(new_x), device=x.device)

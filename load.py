@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from anyres import Picture, Video, cut
-from config import read_config, read_json
+from config import one_line, read_config, read_json
 from model import Llava
-from pictures import one_line, read_frames, read_picture
+from pictures import read_frames, read_picture
 
 FILES = ["*.json", "*.safetensors", "chat_template.jinja"]  # all that is read of a checkpoint, or downloaded
 KEYS = (  # checkpoints of different ages name one tensor differently; every key goes through every row
@@ -45,7 +45,11 @@ PROMPTS = (  # a chat format: its mark in the checkpoint's Jinja template, the p
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
 )
-NO_TEMPLATE = "message['role'].upper() + ': ' '<image>\n'"  # LLaVA-1.5's
+NO_TEMPLATE = {  # then it is that of llava-hf's checkpoints with such a decoder
+    "llama": "message['role'].upper() + ': ' '<image>\n'",
+    "mistral": "'[INST] ' '<image>\n'",
+    "qwen2": "'<|im_start|>' + message['role'] + ' ' '<image>' '\n' + content['text']",
+}
 
 
 def find(path_or_repo_id, announce=None) -> Path:
@@ -192,8 +196,11 @@ class Processor:
             if anyres and grids and sorted(map(tuple, grids)) != sorted(anyres):
                 raise ValueError("its image_grid_pinpoints are not those of config.json")
             self.pad = pad or (not anyres and bool(self.pictures.get("do_pad")))  # AnyRes: do_pad is about batches
-            black = self.view(Image.new("RGB", (side, side)))
-            if not all(self.pixels(black, p).isfinite().all() for p in (self.pictures, self.frames)):
+            if anyres and width_height(self.pictures["size"]) != (side, side):
+                raise ValueError(f"its size is {self.pictures['size']}, the tower's {side}")
+            black = Image.new("RGB", (side, side))
+            shown = [self.image(black), *([self.video([black])[0]] if anyres else [])]
+            if not all((one[0] if isinstance(one, tuple) else one).isfinite().all() for one in shown):
                 raise ValueError("pixels are not finite")
         except Exception as e:  # whatever wrong types and numbers lead to
             raise ValueError(f"{folder}: preprocessor_config.json cannot be followed ({one_line(e)})") from e
@@ -210,7 +217,8 @@ class Processor:
         jinja = folder / "chat_template.jinja"
         jinja = dict(chat_template=jinja.read_text(encoding="utf-8") if jinja.is_file() else None)
         places = whole, read_json(folder / "chat_template.json"), jinja, read_json(folder / "tokenizer_config.json")
-        self.template = str(next((d["chat_template"] for d in places if d.get("chat_template")), NO_TEMPLATE))
+        self.template = str(next((d["chat_template"] for d in places if d.get("chat_template")), ""))
+        self.template = self.template or NO_TEMPLATE[config.text_config.model_type]
         self.template = self.template.replace("\\n", "\n")  # in a Jinja string both are a line break
 
     def view(self, picture, several: bool = False) -> Image.Image:
@@ -221,8 +229,8 @@ class Processor:
         picture, p = read_picture(picture), self.pictures
         (w, h), side = picture.size, max(picture.size)
         limit = Image.MAX_IMAGE_PIXELS * 2  # what Pillow calls a decompression bomb
-        anyres, onevision = self.config.image_grid_pinpoints, self.config.video_token_index is not None
-        if self.pad or (several and onevision):
+        anyres = self.config.image_grid_pinpoints
+        if self.pad or (several and self.config.has_video):
             if side * side > limit:
                 raise ValueError(f"a picture of {w} x {h} is too narrow to pad to a square")
             square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in p["image_mean"]))
@@ -257,7 +265,7 @@ class Processor:
         if not self.config.image_grid_pinpoints:
             return self.pixels(picture, self.pictures)
         whole, (w, h) = self.whole(picture, self.pictures), picture.size
-        if several and self.config.video_token_index is not None:
+        if several and self.config.has_video:
             return Picture(whole[None], None)
         H, W = (side * n for n in cut((h, w), self.config)[0])
         fits_wide = W / w < H / h
@@ -276,9 +284,10 @@ class Processor:
         frames = video if isinstance(video, list) else read_frames(video, count)
         if not self.config.image_grid_pinpoints:
             return [self.image(frame) for frame in frames]
+        if not frames:
+            raise ValueError("a video without frames")
         frames = torch.stack([self.whole(read_picture(frame), self.frames) for frame in frames])
-        one_placeholder = self.config.video_token_index is not None
-        return Video(frames) if one_placeholder else [Picture(frame[None], None) for frame in frames]
+        return Video(frames) if self.config.has_video else [Picture(frame[None], None) for frame in frames]
 
     def whole(self, picture: Image.Image, p: dict) -> Tensor:
         """All of a picture as one crop, whatever its shape -> (3, H, W)"""
@@ -293,7 +302,7 @@ class Processor:
         if not question.strip():
             raise ValueError("the question is empty")
         formats = [prompt for mark, prompt in PROMPTS if mark in self.template]
-        if not formats:
+        if not formats or "<image>" not in self.template or "<|im_start|>system" in self.template:  # a turn of its own
             raise ValueError(f"{self.folder}: chat template not recognised; load.py's PROMPTS lists the known ones")
         question.encode()  # a ValueError for what is not Unicode
         shown = [None] * image if isinstance(image, int) else image if isinstance(image, list) else [image]

@@ -2,8 +2,6 @@
 Face's checkpoints, shapes are without a batch axis, and DyMU changes a standard block in the places marked "differs".
 """
 
-from itertools import accumulate
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -238,15 +236,13 @@ class Llava(nn.Module):
     def encode_one(self, pixels, settings: DyMU) -> tuple[Tensor, Tensor]:
         """A picture or video -> its rows (R, D), token_at (N,). Crops and frames are encoded, and merge, one by one."""
         c = self.config
-        takes = (Picture, Video) if c.video_token_index is not None else Picture if c.image_grid_pinpoints else Tensor
+        takes = (Picture, Video) if c.has_video else Picture if c.image_grid_pinpoints else Tensor
         if not isinstance(pixels, takes):
             kind = type(pixels).__name__
             raise ValueError(f"pixels are a {kind}, not what this model's processor makes of a picture")
         crops = pixels[None] if isinstance(pixels, Tensor) else pixels[0]
-        encoded = [self.vision_tower(crop, settings) for crop in crops]
-        starts = accumulate((len(x) for x, _ in encoded), initial=0)
-        x = self.multi_modal_projector(torch.cat([x for x, _ in encoded]))  # (R, D), of all crops
-        at = torch.stack([start + token_at for start, (_, token_at) in zip(starts, encoded)])  # (C, N)
+        x, at = zip(*join_frames([self.vision_tower(crop, settings) for crop in crops], None))
+        x, at = self.multi_modal_projector(torch.cat(x)), torch.stack(at)  # (R, D) of all crops, (C, N)
         if isinstance(pixels, Tensor):
             return x, at[0]
         return arrange(x, at, self.image_newline, pixels, c, settings.temporal)
@@ -278,6 +274,15 @@ class Llava(nn.Module):
         c.check_length(len(token_at))
         return rows, token_at
 
+    def prepare(self, ids, pixels, settings: DyMU) -> tuple[Tensor, Tensor]:
+        """encode, then splice. Raises ValueError where a placeholder is not of the kind of what stands for it."""
+        c, shown = self.config, [] if pixels is None else pixels if isinstance(pixels, list) else [pixels]
+        wanted = [c.video_token_index if isinstance(one, Video) else c.image_token_index for one in shown]
+        found = [i for i in torch.as_tensor(ids).tolist() if i in c.placeholders]
+        if len(found) == len(wanted) and found != wanted:
+            raise ValueError(f"the placeholders in the prompt are {found}, those of the pictures and videos {wanted}")
+        return self.splice(ids, self.encode(shown, settings), settings.vtu)
+
     def head(self, x: Tensor) -> Tensor:
         tied = self.config.tie_word_embeddings
         return F.linear(x, (self.language_model.embed_tokens if tied else self.lm_head).weight)
@@ -287,7 +292,7 @@ class Llava(nn.Module):
 
         R counts the text tokens and the unique visual tokens. Without pixels, a text-only prompt.
         """
-        rows, token_at = self.splice(ids, [] if pixels is None else self.encode(pixels, settings), settings.vtu)
+        rows, token_at = self.prepare(ids, pixels, settings)
         return self.logits(rows, token_at, settings.queries)
 
     def logits(self, rows: Tensor, token_at: Tensor, queries: int | None = None) -> Tensor:
@@ -298,7 +303,7 @@ class Llava(nn.Module):
     @torch.no_grad()
     def generate(self, ids, pixels=None, settings: DyMU = DyMU(), max_new_tokens=128, **options):
         """Iterates over the ids of the answer. ids and pixels as in `forward`, options as in `decode`."""
-        rows, token_at = self.splice(ids, [] if pixels is None else self.encode(pixels, settings), settings.vtu)
+        rows, token_at = self.prepare(ids, pixels, settings)
         cache = self.new_cache(len(rows) + max_new_tokens)
         yield from self.decode(rows, token_at, cache, settings.queries, max_new_tokens, **options)
 

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, ImageSequence
 
+from config import one_line
+
 FILMS = (".mp4", ".mov", ".m4v", ".mkv", ".avi", ".webm")
-
-
-def one_line(e: BaseException) -> str:
-    return " ".join(str(e).split()) or type(e).__name__
 
 
 def read_picture(picture) -> Image.Image:
@@ -36,7 +34,7 @@ def is_video(path) -> bool:
         if not path.is_file():
             return False
         with Image.open(path) as image:
-            return image.format in ("PNG", "WEBP", "AVIF") and getattr(image, "n_frames", 1) > 1
+            return image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "n_frames", 1) > 1
     except Exception:  # what is wrong with it is said where it is read
         return False
 
@@ -47,12 +45,14 @@ def read_frames(path, count: int = 8) -> list[Image.Image]:
     path: a folder of pictures, by name, where frame2 comes before frame10; an animated picture (GIF, WebP, PNG); or a
     film, for which PyAV must be installed. Raises ValueError for what cannot be read or has but one frame.
     """
+    path = Path(path)
     try:
-        total = sum(1 for _ in each_frame(Path(path)))
+        total = sum(1 for _ in each_frame(path))
         if total < 2:
-            raise ValueError(f"it has {total} frame{'s' * (total != 1)}, a video has two or more")
+            still = "; a still picture may be a PNG" if path.is_file() else ""
+            raise ValueError(f"it has {total} frame{'s' * (total != 1)}, a video has two or more{still}")
         wanted = range(total) if count >= total else [i * (total - 1) // max(count - 1, 1) for i in range(count)]
-        return [read() for i, read in enumerate(each_frame(Path(path))) if i in wanted]
+        return [read() for i, read in enumerate(each_frame(path)) if i in wanted]
     except ImportError as e:
         raise ValueError(f"video {str(path)!r} needs PyAV: pip install -e '.[video]'") from e
     except Exception as e:  # of many types, as in read_picture
@@ -61,6 +61,8 @@ def read_frames(path, count: int = 8) -> list[Image.Image]:
 
 def each_frame(path: Path):
     """Yields a function for each frame, which makes it a picture."""
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited for
+        raise OSError("No such file or folder")
     if path.is_dir():
         files = [f for f in path.iterdir() if f.suffix.lower() in Image.registered_extensions()]
         for file in sorted(files, key=by_number):
@@ -69,6 +71,8 @@ def each_frame(path: Path):
         import av  # the `video` extra
 
         with av.open(str(path)) as film:
+            if not film.streams.video:
+                raise ValueError("it has no pictures")
             for frame in film.decode(video=0):
                 yield partial(upright, frame)
     else:

@@ -8,6 +8,7 @@ import math
 import unicodedata
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def draw(views: list[Image.Image], panels: list[tuple], question: str) -> Image.
     along = math.ceil(len(views) / math.ceil(len(views) / 4))  # views side by side, four at most
     for columns in beside:
         room = (width - columns * GAP) // (columns + 1) - (along - 1) * GAP
-        cell = max(room // along // most_w, 1)  # pixels per patch, whole: so lines are sharp and even
+        cell = max(min(room // along // most_w, 1000 // most_h), 1)  # pixels per patch, whole: lines are sharp and even
         if cell >= 10:
             break
     box_w, box_h = cell * most_w, cell * most_h
@@ -49,9 +50,11 @@ def draw(views: list[Image.Image], panels: list[tuple], question: str) -> Image.
     answers = [report.answer.strip() or "(no answer)" for _, _, report in panels]
     above = Texts([question], (30, 26, 22, 18), width, most=2)
     heading = f"input: {len(views)} pictures" if several else f"input: {h} x {w} patches"
-    headings = Texts([heading, *titles], (20, 18, 16), block_w, most=1)
+    headings = Texts([heading, *titles], (20, 18, 16), max(block_w, 200), most=1)
     undrawn = counts[0][1] - sum(h * w for h, w in shapes) > len(views)  # more than a class token or a newline each
-    captions = Texts([LEGEND + FADED * several + WHOLE * undrawn, *answers], (17, 16, 15, 14), block_w, most=6)
+    captions = Texts(
+        [LEGEND + FADED * several + WHOLE * undrawn, *answers], (17, 16, 15, 14), max(block_w, 200), most=6
+    )
     places = [(0, 0)] + [(1 + i % columns, i // columns) if columns else (0, 1 + i) for i in range(len(panels))]
     tops = [MARGIN + above.height(0) + 20]
     for row in range(1 + places[-1][1]):
@@ -83,7 +86,8 @@ def patches(config, pixels: list, visual: list[tuple[Tensor, Tensor]]) -> list[T
     for one, (_, at) in zip(pixels, visual):
         if isinstance(one, Tensor):
             g = config.vision_config.grid
-            found.append(at[-g * g :].cpu().view(g, g))  # behind the class token, if it is there
+            at = F.pad(at.cpu(), (max(g * g - len(at), 0), 0), value=-1)  # without its first patch, as some drop it
+            found.append(at[-g * g :].view(g, g))  # behind the class token, if it is there
             continue
         shapes = grids(one, config)
         parts = [part.view(shape) for part, shape in zip(at.cpu().split([h * w for h, w in shapes]), shapes)]
@@ -92,10 +96,10 @@ def patches(config, pixels: list, visual: list[tuple[Tensor, Tensor]]) -> list[T
     return found
 
 
-def merged(views: list[Image.Image], grids: list[Tensor]) -> list[Image.Image]:
-    """The views with their tokens filled and outlined; what stands in an earlier view too is faded."""
+def merged(views: list[Image.Image], tokens: list[Tensor]) -> list[Image.Image]:
+    """The views with their tokens (h, w) filled and outlined; what stands in an earlier view too is faded."""
     seen, drawn = torch.zeros(0, dtype=torch.long), []
-    for view, at in zip(views, grids):
+    for view, at in zip(views, tokens):
         w, h, cell = *view.size, view.width // at.shape[1]
         old = torch.isin(at, seen)
         seen = torch.cat((seen, at.flatten())).unique()
@@ -106,14 +110,9 @@ def merged(views: list[Image.Image], grids: list[Tensor]) -> list[Image.Image]:
         size = (area / cell**2)[at]  # in patches
         pixels = torch.where(size[..., None] == 1, pixels, mean[at])
 
-        line, smaller = (
-            torch.zeros_like(at, dtype=torch.bool),
-            size.clone(),
-        )  # the first pixel right of a border, or below
-        for a, b, s, t in (
-            (line, at, smaller, size),
-            (line.T, at.T, smaller.T, size.T),
-        ):  # .T is a view: the same pixels
+        line, smaller = torch.zeros_like(at, dtype=torch.bool), size.clone()  # at a border, the first pixel behind it
+        rows, columns = (line, at, smaller, size), (line.T, at.T, smaller.T, size.T)  # .T is a view: the same pixels
+        for a, b, s, t in (rows, columns):
             a[1:] |= b[1:] != b[:-1]
             s[1:] = s[1:].minimum(t[:-1])
         strength = line * (0.65 - 0.1 * smaller.log2()).clamp(min=0.25)  # of the smaller: 1 patch .65, from 16 on .25

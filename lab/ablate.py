@@ -34,11 +34,10 @@ import torch
 from torch import Tensor
 
 from budgets import BUDGETS, merges, read_thresholds
-from config import read_config, read_json
+from config import one_line, read_config, read_json
 from dymu import DyMU, find_thresholds, schedule
 from lab.scenes import GRID, HELD_OUT, KINDS, ask, blind_guess, easy_pictures, place_things, scene
 from load import find, load
-from pictures import one_line
 
 VTU = {"VTU": {}, "VTU with 1 query": dict(queries=1), "no VTU": dict(vtu=False)}
 OTHERS = {  # DToMe mid with another schedule, or with thresholds found on scenes of one level only

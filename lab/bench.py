@@ -35,11 +35,10 @@ from PIL import Image
 
 import model
 from budgets import merges
-from config import TextConfig, read_json
+from config import TextConfig, one_line, read_json
 from dymu import DyMU, attention, rotate, vtu_attention
 from load import KEYS, Processor, choose_device, choose_dtype
 from model import Llava, rope_table
-from pictures import one_line
 
 SIZES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 SHAPES = {  # the sizes of CLIP's vision tower (at 336 pixels, in patches of 14), and of Llama

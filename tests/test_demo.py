@@ -313,6 +313,22 @@ def test_calibration_takes_the_crops_of_anyres_pictures_in_turn(run, families, t
         assert len(crops) == 5 and torch.equal(crop, crops[i])
 
 
+def test_a_tower_whose_first_patch_is_dropped(run, photo, tmp_path):
+    """Whatever it is good for: a sparse config.json says so of SigLIP, and transformers does it."""
+    folder = make(tmp_path / "model", vision=dict(model_type="siglip_vision_model"))
+    argv = [photo, "Q", "--model", folder, "--max-new-tokens", 1]
+    assert json.loads(run(*argv, "--json")[1])["virtual_tokens"] == 48
+    assert run(*argv, "--method", "tome", "--tokens", "mid", "--show", tmp_path / "s.png")[0] == 0
+
+
+def test_what_is_shown_is_what_the_model_sees(families):
+    processor = Processor(families / "llava_onevision")
+    wide = Image.new("RGB", (160, 40), "red")
+    pixels, views = demo.see(processor, [[wide, wide], wide, wide])
+    assert [view.size for view in views] == [(160, 40)] * 2 + [(160, 160)] * 2  # frames are squeezed, pictures padded
+    assert [type(one).__name__ for one in pixels] == ["Video", "Picture", "Picture"]
+
+
 def test_options_may_stand_before_the_question(run, saved, photo):
     assert run(photo, "--model", saved, "--max-new-tokens", 1, QUESTION)[0] == 0
 
@@ -389,6 +405,9 @@ def test_bad_videos(run, saved, photo, gif, tmp_path, monkeypatch):
         ("film.mp4", "cannot be read"),
     ):
         assert_one_line(run(tmp_path / name, "what happens?", "--model", saved), message)
+    os.mkfifo(tmp_path / "pipe.gif")
+    for name in ("pipe.gif", "missing.mp4"):
+        assert_one_line(run(tmp_path / name, "Q", "--model", saved), "No such file or folder")
     monkeypatch.setitem(sys.modules, "av", None)
     assert_one_line(run(tmp_path / "film.mp4", "Q", "--model", saved), "needs PyAV: pip install -e '.[video]'")
     assert_one_line(run(gif, "Q", "--model", saved, "--frames", 0), "--frames 0")

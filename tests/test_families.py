@@ -248,6 +248,37 @@ def test_a_video_has_one_placeholder_where_there_is_one(checkpoint):
         processor.prompt("what is <video>?")
 
 
+def test_placeholders_are_filled_with_their_own_kind(checkpoint):
+    _, llava, processor, _ = checkpoint("llava_onevision")
+    shown = [processor.video(clip()), processor.image([picture(), picture()])[0]]
+    assert llava(processor.prompt("Q", shown), shown).isfinite().all()
+    for wrong in (
+        lambda: llava(processor.prompt("Q", shown), shown[::-1]),
+        lambda: llava(processor.prompt("Q"), shown[0]),
+    ):
+        with pytest.raises(ValueError, match=r"the placeholders in the prompt are \[.*\], those of the pictures"):
+            wrong()
+
+
+def test_no_pictures_at_all(family):
+    _, llava, processor, _ = family
+    ids = processor.prompt(QUESTION, processor.image([]))
+    assert torch.equal(llava(ids, []), llava(ids))
+    with pytest.raises(ValueError, match="1 image placeholders in the prompt, 0 pictures given"):
+        llava(processor.prompt(QUESTION), [])
+
+
+@pytest.mark.parametrize("wrong", [dict(resample="x"), dict(size={"height": 99, "width": 99}), dict(image_mean=["x"])])
+@pytest.mark.parametrize("name", ["llava_next, Llama", "llava_onevision"])
+def test_preprocessing_that_does_not_fit(tmp_path, name, wrong):
+    folder = make(tmp_path, **FAMILIES[name])
+    (folder / "processor_config.json").unlink(missing_ok=True)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | wrong))
+    with pytest.raises(ValueError, match="preprocessor_config.json cannot be followed"):
+        Processor(folder)
+
+
 # ---- AnyRes ----
 
 REAL = {  # the grids, crop, patch and cap of the real checkpoints
@@ -308,13 +339,15 @@ def as_crops(pixels):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", ["square", "wide", "tall", "large", "thin", "video"])
-def test_merged_positions_are_the_full_models_sequence(anyres, shape):
-    _, llava, processor, reference = anyres
+@pytest.mark.parametrize(
+    "name, shape",
+    [(n, s) for n in ("llava_next, Llama", "llava_onevision") for s in ("square", "wide", "tall", "large", "thin")]
+    + [("llava_onevision", "video")],
+)
+def test_merged_positions_are_the_full_models_sequence(checkpoint, name, shape):
+    _, llava, processor, reference = checkpoint(name)
     settings, n = DyMU(thresholds=thresholds_of(llava, processor)), llava.config.vision_config.grid**2
     if shape == "video":
-        if llava.config.video_token_index is None:
-            return
         pixels = processor.video([picture((80, 61), seed) for seed in range(3)])
     else:
         pixels = processor.image(picture(SIZES[shape]))

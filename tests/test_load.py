@@ -162,6 +162,28 @@ def test_padding_and_truncation_in_tokenizer_json_are_left_out(folder):
     assert Processor(folder).prompt("What is it?").tolist() == expected
 
 
+@pytest.mark.parametrize("kind, template", [("llama", LLAVA_15_TEMPLATE), ("mistral", MISTRAL), ("qwen2", CHATML)])
+def test_without_a_template_the_decoder_decides(tmp_path, kind, template):
+    folder, ids = make(tmp_path, text=dict(model_type=kind), template=template), []
+    for _ in range(2):
+        ids.append([Processor(folder).prompt("What is it?", n).tolist() for n in (0, 1, 2)])
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML.replace("<image>", ""),  # a decoder's own, which knows no pictures
+        "{% if loop.first %}{{ '<|im_start|>system\nYou help.<|im_end|>' }}{% endif %}" + CHATML,
+    ],
+)
+def test_templates_that_ask_for_more_are_refused(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="chat template not recognised"):
+        Processor(folder).prompt("What is it?")
+
+
 def test_prompts_that_cannot_be_made(folder):
     processor = Processor(folder)
     for question, message in (("", "is empty"), ("  \n", "is empty"), ("what \udcff", "surrogates")):
@@ -232,6 +254,12 @@ def test_llava_has_neither_tiles_nor_a_video_token_whatever_its_config_says(tmp_
     more = dict(image_grid_pinpoints=[[336, 672]], video_token_index=32001, vision_aspect_ratio="anyres_max_9")
     assert config_of(tmp_path, **more) == config_of(tmp_path)
     assert config_of(tmp_path).placeholders == (32000,)
+
+
+def test_derived_settings_are_not_read(tmp_path):
+    more = dict(vision_config=dict(class_token="x", hidden_size=64, num_attention_heads=4), anyres_max=5)
+    assert config_of(tmp_path, **more).vision_config.class_token is True
+    assert config_of(tmp_path, **more).anyres_max is None
 
 
 def test_attention_bias_is_llamas_alone(tmp_path):

@@ -4,6 +4,7 @@ import struct
 import sys
 
 import av
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -51,6 +52,23 @@ def test_frames_are_spread_evenly_from_the_first_to_the_last(tmp_path, name):
         found = read_frames(path, count)
         assert [frame.mode for frame in found] == ["RGB"] * len(found) and found[0].size == (64, 48)
         assert shades(found) == pytest.approx([SHADES[i] for i in expected], abs=3)  # a film is coded with loss
+
+
+@pytest.mark.parametrize("name", ["clip", "clip.jpg"])
+def test_a_gif_is_known_by_its_content_too(tmp_path, name):
+    write(tmp_path / "clip.gif").rename(tmp_path / name)
+    assert is_video(tmp_path / name) and len(read_frames(tmp_path / name)) == 8
+
+
+def test_a_film_without_pictures(tmp_path):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as film:
+        stream = film.add_stream("aac", rate=48000)
+        silence = np.zeros((2, 1024), np.float32)
+        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="stereo")
+        frame.rate = 48000
+        film.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(ValueError, match="sound.mp4' cannot be read: it has no pictures"):
+        read_frames(tmp_path / "sound.mp4")
 
 
 @pytest.mark.parametrize("name", ["still.webp", "still.png", "photo.jpg"])

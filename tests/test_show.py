@@ -63,6 +63,12 @@ def test_what_stood_before_is_faded_and_what_merged_is_flat():
     assert torch.equal(c[2:18, 2:18], original[2:18, 2:18]) and torch.equal(c[inside], original[inside])
 
 
+def test_tall_pictures_stay_on_a_screen():
+    report = SimpleNamespace(answer="yes", visual_tokens=9, virtual_tokens=900)
+    drawn = show.draw([picture((20, 900))], [("low", [torch.arange(300).view(150, 2)], report)], "what?")
+    assert drawn.height < 1400
+
+
 @pytest.mark.parametrize("n, columns", [(1, 1), (2, 2), (4, 4), (5, 3), (8, 4), (9, 3)])
 def test_views_fill_the_width_four_in_a_row_at_most(n, columns):
     views = [Image.new("RGB", (64, 64), "red")] * n

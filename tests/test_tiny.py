@@ -103,3 +103,12 @@ def test_the_demo_without_arguments(capsys, tmp_path, monkeypatch):
 
 def test_a_question_in_any_script_is_accepted(tiny):
     assert isinstance(say(tiny, SAMPLE, "Wie viele Kreise? 多少个圆? 🙂"), str)
+
+
+def test_the_clip_of_the_readme(tiny):
+    llava, processor = tiny
+    video = processor.video(TINY / "clip.gif", 3)
+    new = [len(x) for x, _ in llava.encode(video, DyMU(temporal=0.9))]
+    readme = (TINY.parent / "README.md").read_text()
+    assert f"{new[0]} tokens of the first frame, {new[1]} and {new[2]} more for the second and third" in readme
+    assert f"{sum(new)} in the place of {3 * 256}." in readme
