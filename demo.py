@@ -101,12 +101,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(a: argparse.Namespace) -> None:
     """What can be wrong with the command line itself."""
-    if a.calibrate is not None:
-        if a.inputs or not Path(a.calibrate).is_dir():
-            raise ValueError(f"{a.calibrate} is not a folder" if not a.inputs else "--calibrate takes a folder alone")
-    elif len(a.inputs) < 2:
+    if a.calibrate is not None and a.inputs:
+        raise ValueError("--calibrate takes a folder alone")
+    if a.calibrate is not None and not Path(a.calibrate).is_dir():
+        raise ValueError(f"{a.calibrate} is not a folder")
+    if a.calibrate is None and len(a.inputs) < 2:
         raise ValueError("IMAGE and QUESTION are needed, or --calibrate FOLDER; --help shows examples")
-    elif os.path.isfile(a.inputs[-1]):
+    if a.inputs and os.path.isfile(a.inputs[-1]):
         raise ValueError(f"the question is missing: {a.inputs[-1]!r}, in its place, is a file")
     for option, value, good, wanted in (
         ("max-new-tokens", a.max_new_tokens, a.max_new_tokens >= 1, "at least 1"),
