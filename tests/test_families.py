@@ -312,6 +312,22 @@ def test_the_number_of_positions_is_that_of_transformers(kind, order):
     assert bool(capped) == bool(cap)
 
 
+@pytest.mark.parametrize("kind", REAL)
+def test_parity_at_the_real_grids(tmp_path, kind):
+    """Of the real checkpoints all but the widths: crops, patches, grids, cap, 2 x 2 pooling of 27 x 27 patches."""
+    pinpoints, side, patch, cap = REAL[kind]
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text = small | dict(num_key_value_heads=1, max_position_embeddings=32768, model_type="qwen2" if cap else "llama")
+    vision = small | (SIGLIP if cap else {}) | dict(image_size=side, patch_size=patch)
+    folder = make(tmp_path, family=kind, vision=vision, text=text, image_grid_pinpoints=pinpoints, template=CHATML)
+    llava, processor = load(folder, "cpu")
+    for size in ((1280, 960), (333, 1001)):
+        assert_parity(llava, processor, reference_of(folder), processor.image(picture(size)))
+    if cap:
+        video = processor.video([picture((500, 300), seed) for seed in range(4)])
+        assert_parity(llava, processor, reference_of(folder), video)
+
+
 def packed_by_transformers(llava, reference, pixels, settings):
     """The features of every virtual position: each crop's tokens at all of their positions, then their AnyRes code."""
     shown = pixels.frames if isinstance(pixels, Video) else pixels.crops
