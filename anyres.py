@@ -29,6 +29,11 @@ class Video(NamedTuple):
     frames: Tensor  # (F, 3, H, W)
 
 
+def as_list(shown) -> list:
+    """One of what a prompt shows, or a list of them -> a list."""
+    return shown if isinstance(shown, list) else [shown]
+
+
 def cut(size: tuple[int, int], c) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """How a picture of size (height, width) is cut: the (rows, columns) of its tiles; in their grid of patches the
     padding (above, left), and as much below and right; and the (h, w) of the rest, which the cap may have made smaller.

@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,12 @@ from PIL import Image
 
 import budgets
 import show
-from anyres import Picture, positions
+from anyres import Picture, as_list, positions
 from budgets import BUDGETS, merges, read_thresholds
 from config import one_line
 from dymu import DyMU
 from load import Processor, choose_device, find, load_model
-from pictures import is_video, read_frames, read_picture
+from pictures import is_video, picture_files, read_frames, read_picture
 
 EXAMPLES = """examples:
   python demo.py photo.jpg "What is on the table?"                      all visual tokens: the plain model
@@ -223,24 +224,19 @@ def answer(a: argparse.Namespace, folder: Path, processor: Processor, device: to
         if a.show and (name != "full" or not several or a.temporal is not None):
             panels.append((name, show.patches(c, pixels, visual), report))
     if a.show:
-        picture = show.draw(views, panels, question)
+        picture = show.draw(list(views), panels, question)
         with whole(Path(a.show)) as part:
             picture.save(part, format="PNG")
         note(f"wrote {a.show}")
 
 
-def see(processor: Processor, shown: list) -> tuple[list, list[Image.Image]]:
-    """Pictures, and videos as lists of frames -> what `Llava.encode` takes, and each as the model sees it."""
-    pixels, views = [], []
+def see(processor: Processor, shown: list) -> tuple[list, Iterator[Image.Image]]:
+    """Pictures, and videos as lists of frames -> what `Llava.encode` takes; and, made when asked for, what is seen."""
     several = sum(isinstance(one, Image.Image) for one in shown) > 1
+    pixels = []
     for one in shown:
-        if isinstance(one, list):
-            video = processor.video(one)
-            pixels += video if isinstance(video, list) else [video]
-            views += map(processor.view, one)
-        else:
-            pixels.append(processor.image(one, several))
-            views.append(processor.view(one, several))
+        pixels += as_list(processor.video(one) if isinstance(one, list) else processor.image(one, several))
+    views = (processor.view(v, several and v is one) for one in shown for v in as_list(one))
     return pixels, views
 
 
@@ -306,8 +302,8 @@ def read_settings(a: argparse.Namespace, folder: Path, processor: Processor) -> 
 
 
 def calibrate(a: argparse.Namespace, folder: Path, processor: Processor, device: torch.device) -> None:
-    save, pictures = Path(a.save or folder / "thresholds.json"), Path(a.calibrate)
-    files = sorted(f for f in pictures.iterdir() if f.suffix.lower() in Image.registered_extensions())
+    save = Path(a.save or folder / "thresholds.json")
+    files = sorted(picture_files(Path(a.calibrate)))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from anyres import Picture, Video, cut
+from anyres import Picture, Video, as_list, cut
 from config import one_line, read_config, read_json
 from model import Llava
 from pictures import read_frames, read_picture
@@ -305,7 +305,7 @@ class Processor:
         if not formats or "<image>" not in self.template or "<|im_start|>system" in self.template:  # a turn of its own
             raise ValueError(f"{self.folder}: chat template not recognised; load.py's PROMPTS lists the known ones")
         question.encode()  # a ValueError for what is not Unicode
-        shown = [None] * image if isinstance(image, int) else image if isinstance(image, list) else [image]
+        shown = [None] * image if isinstance(image, int) else as_list(image)
         behind = "\n" if "'<image>\n'" in self.template else ""  # each picture; or one line break before the question
         places = "".join(("<video>" if isinstance(one, Video) else "<image>") + behind for one in shown)
         before = "\n" if "'\n' + content['text']" in self.template else ""

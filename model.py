@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from anyres import Picture, Video, arrange, settle
+from anyres import Picture, Video, arrange, as_list, settle
 from config import ACTIVATIONS, LlavaConfig, TextConfig, VisionConfig
 from dymu import (
     DyMU,
@@ -230,8 +230,7 @@ class Llava(nn.Module):
 
         pixels: one picture or video, or a list of them: (3, H, W); for AnyRes models a Picture; or a Video.
         """
-        shown = pixels if isinstance(pixels, list) else [pixels]
-        return join_frames([self.encode_one(one, settings) for one in shown], settings.temporal)
+        return join_frames([self.encode_one(one, settings) for one in as_list(pixels)], settings.temporal)
 
     def encode_one(self, pixels, settings: DyMU) -> tuple[Tensor, Tensor]:
         """A picture or video -> its rows (R, D), token_at (N,). Crops and frames are encoded, and merge, one by one."""
@@ -276,7 +275,7 @@ class Llava(nn.Module):
 
     def prepare(self, ids, pixels, settings: DyMU) -> tuple[Tensor, Tensor]:
         """encode, then splice. Raises ValueError where a placeholder is not of the kind of what stands for it."""
-        c, shown = self.config, [] if pixels is None else pixels if isinstance(pixels, list) else [pixels]
+        c, shown = self.config, [] if pixels is None else as_list(pixels)
         wanted = [c.video_token_index if isinstance(one, Video) else c.image_token_index for one in shown]
         found = [i for i in torch.as_tensor(ids).tolist() if i in c.placeholders]
         if len(found) == len(wanted) and found != wanted:

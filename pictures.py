@@ -64,8 +64,7 @@ def each_frame(path: Path):
     if not path.is_dir() and not path.is_file():  # a pipe would be waited for
         raise OSError("No such file or folder")
     if path.is_dir():
-        files = [f for f in path.iterdir() if f.suffix.lower() in Image.registered_extensions()]
-        for file in sorted(files, key=by_number):
+        for file in sorted(picture_files(path), key=by_number):
             yield partial(read_picture, file)
     elif path.suffix.lower() in FILMS:
         import av  # the `video` extra
@@ -79,6 +78,11 @@ def each_frame(path: Path):
         with Image.open(path) as image:
             for frame in ImageSequence.Iterator(image):
                 yield partial(read_picture, frame)
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """By their suffix, in no order."""
+    return [f for f in folder.iterdir() if f.suffix.lower() in Image.registered_extensions()]
 
 
 def by_number(path: Path) -> list:

@@ -18,7 +18,6 @@ import datetime
 import functools
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import platform
@@ -37,6 +36,7 @@ from budgets import BUDGETS, merges, read_thresholds
 from config import one_line, read_config, read_json
 from dymu import DyMU, find_thresholds, schedule
 from lab.scenes import GRID, HELD_OUT, KINDS, ask, blind_guess, easy_pictures, place_things, scene
+from lab.tables import head, line, save
 from load import find, load
 
 VTU = {"VTU": {}, "VTU with 1 query": dict(queries=1), "no VTU": dict(vtu=False)}
@@ -186,12 +186,6 @@ def summarise(scenes: list[dict], easy: list[dict], names: list[str]) -> dict:
 def table(results: dict) -> str:
     """The README's tables, from the content of the JSON file alone."""
 
-    def line(*cells):
-        return f"| {' | '.join(cells)} |"
-
-    def head(*cells):
-        return line(*cells), "|---" + "|---:" * (len(cells) - 1) + "|"
-
     def bracket(values, sign=""):
         return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*values, s=sign)
 
@@ -220,13 +214,6 @@ def table(results: dict) -> str:
         out.append(line(name, *(f"{tokens(*c['tokens'])}: {bracket(c['accuracy'])}" for c in cells)))
     found = ", ".join(f"{value:.2f} at {budget}" for budget, value in results["spearman"].items())
     return "\n".join([*out, "", f"Spearman correlation of DToMe's tokens with JPEG bytes per pixel: {found}."])
-
-
-def dump(results, depth: int = 2) -> str:
-    """JSON with a line for each row of a table, so that a difference between two files shows where it is."""
-    if depth == 0 or not isinstance(results, dict):
-        return json.dumps(results)
-    return "{\n" + ",\n".join(f"{json.dumps(k)}: {dump(v, depth - 1)}" for k, v in results.items()) + "\n}"
 
 
 # ---- the command ----
@@ -272,7 +259,7 @@ def main() -> None:
         if not (a.save.is_file() if a.render else a.save.parent.is_dir()):
             raise ValueError(f"--save: there is no {a.save if a.render else a.save.parent}")
         if not a.render:
-            a.save.write_text(dump(measure(a)) + "\n")
+            save(measure(a), a.save, depth=2)
         print(table(read_json(a.save)))
     except (ValueError, OSError) as e:
         p.error(one_line(e))

@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import datetime
 import gc
-import json
 import os
 import platform
 import random
@@ -37,6 +36,7 @@ import model
 from budgets import merges
 from config import TextConfig, one_line, read_json
 from dymu import DyMU, attention, rotate, vtu_attention
+from lab.tables import head, line, save
 from load import KEYS, Processor, choose_device, choose_dtype
 from model import Llava, rope_table
 
@@ -263,14 +263,6 @@ def measure_long(a, device, dtype) -> dict:
 # ---- showing ----
 
 
-def line(*cells) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def head(*cells) -> list[str]:
-    return [line(*cells), "|---" + "|---:" * (len(cells) - 1) + "|"]
-
-
 def number(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
@@ -321,13 +313,11 @@ def table(results: dict) -> str:
         return ratios([theirs[run["pair"]] for run in runs[name]], of(name, stage))
 
     def memory(name):
+        if "expanded" in name:  # what is measured is before the expansion, which makes it as large as at full length
+            return "-", "-", "-"
         one = r["peak_bytes"][name]
         cache, peaks = one["cache"], (one["preprocess"], one["encoder"], one["prefill"], *one["decode"])
         cells = cache, cache - r["text_tokens"] * r["cache_per_row"], None if None in peaks else max(peaks)
-        if (
-            "expanded" in name
-        ):  # what is measured stands before the expansion, which makes it as large as at full length
-            return "-", "-", "-"
         return ("?" if cell is None else number(cell / 2**20) for cell in cells)
 
     v, t, ours = r["vision"], r["text"], [name for name in runs if name != "transformers"]
@@ -402,9 +392,9 @@ def main() -> None:
         if min(a.repeats, a.threads, a.layers + 1) < 1:
             raise ValueError("--repeats and --threads must be at least 1, --layers at least 0")
         name = a.shape, f"{a.layers}-layers" * bool(a.layers), device.type * (device.type != "cpu")
-        save = a.save or Path(__file__).with_name("-".join(filter(None, ("bench", *name))) + ".json")
-        if not (save.is_file() if a.render else save.parent.is_dir()):
-            raise ValueError(f"there is no {save if a.render else save.parent}")
+        path = a.save or Path(__file__).with_name("-".join(filter(None, ("bench", *name))) + ".json")
+        if not (path.is_file() if a.render else path.parent.is_dir()):
+            raise ValueError(f"there is no {path if a.render else path.parent}")
         if not a.render:
             torch.set_num_threads(a.threads)
             torch.manual_seed(0)
@@ -414,11 +404,8 @@ def main() -> None:
             results |= {package: version(package) for package in ("torch", "transformers", "pillow")}
             results |= (measure_long if a.shape == "long" else measure)(a, device, dtype)
             results |= dict(seconds=round(time.perf_counter() - start))
-            lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results.items())
-            part = save.with_name(save.name + ".part")
-            part.write_text("{\n" + lines + "\n}\n")
-            part.replace(save)  # whole or not at all
-        print(table(read_json(save)))
+            save(results, path, depth=1)
+        print(table(read_json(path)))
     except (ValueError, OSError) as e:
         p.error(one_line(e))
 

@@ -24,11 +24,7 @@ from model import Llava
 
 def write_checkpoint(folder: Path) -> None:
     text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
-    config = {
-        "model_type": "llava",
-        "torch_dtype": "float16",
-        "text_config": text,
-    }  # all else as transformers' defaults
+    config = {"model_type": "llava", "torch_dtype": "float16", "text_config": text}  # else transformers' defaults
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         write_tensors(folder / "model.safetensors", Llava(read_config(folder)).state_dict())

@@ -232,22 +232,25 @@ def names(shapes):
     return {t: [t.kind] * (kinds[t.kind] == 1) + [t.name] * (pairs[t.name] == 1) for t in shapes}
 
 
+def one_alone(rng, shapes, what):
+    """One of the things that share their kind, or their color, with no other; or None."""
+    count = Counter(getattr(t, what) for t in shapes)
+    alone = [t for t in shapes if count[getattr(t, what)] == 1]
+    return rng.choice(alone) if alone else None
+
+
 def ask_color(rng, shapes):
-    kinds = Counter(t.kind for t in shapes)
-    alone = [t for t in shapes if kinds[t.kind] == 1]
-    if not alone:
+    t = one_alone(rng, shapes, "kind")
+    if t is None:
         return None
-    t = rng.choice(alone)
     what = rng.choice((t.kind, "shape")) if len(shapes) == 1 else t.kind
     return rng.choice(("what color is the {}?", "what is the color of the {}?")).format(what), t.color
 
 
 def ask_shape(rng, shapes):
-    colors = Counter(t.color for t in shapes)
-    alone = [t for t in shapes if colors[t.color] == 1]
-    if not alone:
+    t = one_alone(rng, shapes, "color")
+    if t is None:
         return None
-    t = rng.choice(alone)
     if len(shapes) == 1 and rng.random() < 0.5:
         return rng.choice(("what shape is in the image?", "what shape is present?")), t.kind
     return rng.choice(("what is the {} shape?", "what shape is {}?")).format(t.color), t.kind

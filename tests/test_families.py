@@ -17,7 +17,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from anyres import Picture, Video, cut, grids, positions, resample
+from anyres import Picture, Video, as_list, cut, grids, positions, resample
 from config import LlavaConfig, VisionConfig, read_config
 from dymu import DyMU, find_thresholds
 from load import Processor, load
@@ -91,10 +91,6 @@ def anyres(request, checkpoint):
 def reference_of(folder):
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     return CLASSES[kind][1].from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def as_list(pixels):
-    return pixels if isinstance(pixels, list) else [pixels]
 
 
 def expand(llava, ids, pixels):

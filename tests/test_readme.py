@@ -42,44 +42,29 @@ MISTRAL_7B = dict(model_type="mistral", max_position_embeddings=32768, num_key_v
 MISTRAL_7B |= dict(rms_norm_eps=1e-5, vocab_size=32064, sliding_window=None)
 QWEN = dict(model_type="qwen2", max_position_embeddings=32768, rope_theta=1e6)
 INTERLEAVE = dict(vision_config=SO400M, vision_feature_layer=-1, vision_feature_select_strategy="full")
+
+
+def qwen(hidden_size, intermediate_size, num_attention_heads, num_hidden_layers, num_key_value_heads, vocab_size):
+    return QWEN | locals()
+
+
+QWEN_05B = qwen(1024, 2816, 16, 24, 16, 152000) | dict(tie_word_embeddings=True)
+QWEN_7B = QWEN | dict(intermediate_size=11008, vocab_size=152000)  # its other sizes are defaults, and left out
+QWEN2_05B = qwen(896, 4864, 14, 24, 2, 152000) | dict(tie_word_embeddings=True)
+QWEN2_7B = qwen(3584, 18944, 28, 28, 4, 152128)
 CHECKPOINTS = {  # the config.json of each, as far as it says something about shapes
     "llava-hf/llava-1.5-7b-hf": ("llava", dict(vision_config=LARGE, text_config=VICUNA_7B)),
     "llava-hf/llava-1.5-13b-hf": ("llava", dict(vision_config=LARGE, text_config=VICUNA_13B)),
-    "llava-hf/llava-interleave-qwen-0.5b-hf": (
-        "llava",
-        INTERLEAVE
-        | dict(
-            text_config=QWEN
-            | dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_hidden_layers=24)
-            | dict(num_key_value_heads=16, tie_word_embeddings=True, vocab_size=152000)
-        ),
-    ),
-    "llava-hf/llava-interleave-qwen-7b-hf": (
-        "llava",
-        INTERLEAVE | dict(text_config=QWEN | dict(intermediate_size=11008, vocab_size=152000)),
-    ),
+    "llava-hf/llava-interleave-qwen-0.5b-hf": ("llava", INTERLEAVE | dict(text_config=QWEN_05B)),
+    "llava-hf/llava-interleave-qwen-7b-hf": ("llava", INTERLEAVE | dict(text_config=QWEN_7B)),
     "llava-hf/llava-v1.6-vicuna-7b-hf": ("llava_next", dict(vision_config=LARGE, text_config=VICUNA_7B)),
     "llava-hf/llava-v1.6-vicuna-13b-hf": ("llava_next", dict(vision_config=LARGE, text_config=VICUNA_13B)),
     "llava-hf/llava-v1.6-mistral-7b-hf": ("llava_next", dict(vision_config=LARGE, text_config=MISTRAL_7B)),
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (
         "llava_onevision",
-        dict(
-            vision_config=SO400M,
-            text_config=QWEN
-            | dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=24)
-            | dict(num_key_value_heads=2, tie_word_embeddings=True, vocab_size=152000),
-            tie_word_embeddings=True,
-        ),
+        dict(vision_config=SO400M, text_config=QWEN2_05B, tie_word_embeddings=True),
     ),
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf": (
-        "llava_onevision",
-        dict(
-            vision_config=SO400M,
-            text_config=QWEN
-            | dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_hidden_layers=28)
-            | dict(num_key_value_heads=4, vocab_size=152128),
-        ),
-    ),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": ("llava_onevision", dict(vision_config=SO400M, text_config=QWEN2_7B)),
 }
 ROW = r"^\| `(llava-hf/[\w.-]+)` \| (CLIP|SigLIP) .+ \| (.+) \| ([\d.]+) B \| ([\d.]+) GB \| (\d+) \|$"
 

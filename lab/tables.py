@@ -1,0 +1,26 @@
+"""What the experiments' tables have in common: rows of Markdown, and JSON files that appear whole or not at all."""
+
+import json
+from pathlib import Path
+
+from demo import whole
+
+
+def line(*cells) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def head(*cells) -> list[str]:
+    return [line(*cells), "|---" + "|---:" * (len(cells) - 1) + "|"]
+
+
+def dump(results, depth: int) -> str:
+    """JSON with a line for each key down to that depth, so that a difference between two files shows where it is."""
+    if depth == 0 or not isinstance(results, dict):
+        return json.dumps(results)
+    return "{\n" + ",\n".join(f"{json.dumps(k)}: {dump(v, depth - 1)}" for k, v in results.items()) + "\n}"
+
+
+def save(results: dict, path: Path, depth: int) -> None:
+    with whole(path) as part:
+        part.write_text(dump(results, depth) + "\n")
