@@ -1,186 +1,299 @@
-"""CLIP or SigLIP, projector, Llama or a relative, and the LLaVA that joins them. Layers bear their names in Hugging
-Face's checkpoints, shapes are without a batch axis, and DyMU changes a standard block in the places marked "differs".
+"""CLIP, a projector, Llama, and the LLaVA that joins them, with DyMU in it.
+
+Leaves bear the names of Hugging Face's checkpoints. Shapes are without a batch axis: one picture,
+one sequence. A row is what stands for one token in the decoder, of text or of a picture. DyMU
+changes a standard block in the places marked "differs from".
 """
+
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from anyres import Picture, Video, arrange, as_list, settle
-from config import ACTIVATIONS, LlavaConfig, TextConfig, VisionConfig
-from dymu import (
-    DyMU,
-    at_least_float32,
-    attention,
-    join_frames,
-    match,
-    merge,
-    query_blocks,
-    rotate,
-    size_bias,
-    vtu_attention,
-)
+import dymu
+from dymu import DyMU
 
-# ---- CLIP and SigLIP ----
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI trained CLIP with it
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+# ---- CLIP, the vision tower ----
+
+
+@strict
+@dataclass
+class VisionConfig:
+    """A ViT. The defaults are transformers' CLIPVisionConfig; a config.json may omit them."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224  # pixels, square
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float | int = 1e-5
+
+    # CLIP: token 0, and a norm before the blocks. SigLIP: neither, but a bias on its patches
+    class_token: bool = True
+
+    @property
+    def grid(self) -> int:
+        """Patches along each side of a picture."""
+        return self.image_size // self.patch_size
 
 
 class VisionLayer(nn.Module):
-    """A pre-norm transformer block in two halves: DToMe merges between them."""
+    """A pre-norm transformer block in two halves. DToMe merges between them."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
-        D, self.heads, self.act = c.hidden_size, c.num_attention_heads, ACTIVATIONS[c.hidden_act]
-        self.layer_norm1 = nn.LayerNorm(D, eps=c.layer_norm_eps)
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
-        self.layer_norm2 = nn.LayerNorm(D, eps=c.layer_norm_eps)
-        self.fc1, self.fc2 = nn.Linear(D, c.intermediate_size), nn.Linear(c.intermediate_size, D)
+        D = c.hidden_size
+        self.heads = c.num_attention_heads
 
-    def attend(self, x: Tensor, size: Tensor, token_at: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N_i, D), size (N_i,) -> x (N_i, D), keys averaged over heads (N_i, D / heads)"""
+        self.layer_norm1 = nn.LayerNorm(D, eps=c.layer_norm_eps)
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
+
+        self.layer_norm2 = nn.LayerNorm(D, eps=c.layer_norm_eps)
+        self.fc1 = nn.Linear(D, c.intermediate_size)
+        self.act = ACTIVATIONS[c.hidden_act]
+        self.fc2 = nn.Linear(c.intermediate_size, D)
+
+    def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (N_i, D), bias (N_i,) on each key's scores -> x (N_i, D); q, k and v (H, N_i, d)"""
         h = self.layer_norm1(x)
-        q, k, v = (rearrange(p(h), "n (h d) -> h n d", h=self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        mask = None  # until something has merged this is plain attention, bit for bit
-        if len(x) < len(token_at):  # differs from CLIP and SigLIP: Eq. 5
-            mask = size_bias(size).to(x.dtype).expand(1, len(x), len(x))
-        x = x + self.out_proj(rearrange(attention(q, k, v, mask), "h n d -> n (h d)"))
-        return x, at_least_float32(k).mean(dim=0)
+        q = rearrange(self.q_proj(h), "n (h d) -> h n d", h=self.heads)
+        k = rearrange(self.k_proj(h), "n (h d) -> h n d", h=self.heads)
+        v = rearrange(self.v_proj(h), "n (h d) -> h n d", h=self.heads)
+
+        out = dymu.attention(q, k, v, mask=None if bias is None else bias.expand(len(x), -1))
+        x = x + self.out_proj(rearrange(out, "h n d -> n (h d)"))
+        return x, q, k, v
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.fc2(self.act(self.fc1(self.layer_norm2(x))))
 
 
 class VisionTower(nn.Module):
-    """The ViT up to the layer that LLaVA reads, whose output no final norm has touched: later blocks are not built."""
+    """The ViT up to the layer that LLaVA reads.
 
-    def __init__(self, config: LlavaConfig):
+    What would come after it, blocks and a final norm, is not built.
+    """
+
+    def __init__(self, c: VisionConfig, layers: int, keep_class_token: bool):
         super().__init__()
-        self.config, c = config, config.vision_config
-        self.class_token = c.class_token  # token 0, if there is one: `match` keeps it from merging
-        self.patch_embedding = nn.Conv2d(
-            c.num_channels, c.hidden_size, c.patch_size, c.patch_size, bias=not c.class_token
-        )
-        self.position_embedding = nn.Embedding(c.class_token + c.grid**2, c.hidden_size)
-        if c.class_token:
-            self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
-            self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # the name is the checkpoints' own
-        self.layers = nn.ModuleList(VisionLayer(c) for _ in range(config.vision_layers))
+        self.c = c
+        self.keep_class_token = keep_class_token
+        D = c.hidden_size
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pixels (3, H, W) -> x (N, D), the class token, if any, and patches; size all ones, token_at the identity"""
-        c, weight = self.config.vision_config, self.patch_embedding.weight
-        if tuple(pixels.shape) != (c.num_channels, c.image_size, c.image_size):
-            raise ValueError(f"pixels {tuple(pixels.shape)}, wanted {(c.num_channels, c.image_size, c.image_size)}")
-        x = rearrange(self.patch_embedding(pixels.to(weight)[None]), "1 d h w -> (h w) d")
-        if self.class_token:
-            x = torch.cat((self.class_embedding[None], x))
-        x = x + self.position_embedding.weight
-        if self.class_token:
-            x = self.pre_layrnorm(x)
-        return x, torch.ones(len(x), device=x.device), torch.arange(len(x), device=x.device)
+        self.patch_embedding = nn.Conv2d(
+            c.num_channels, D, c.patch_size, stride=c.patch_size, bias=not c.class_token
+        )
+        self.position_embedding = nn.Embedding(c.class_token + c.grid**2, D)
+        if c.class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(D))
+            # the checkpoints' own spelling
+            self.pre_layrnorm = nn.LayerNorm(D, eps=c.layer_norm_eps)
+
+        self.layers = nn.ModuleList(VisionLayer(c) for _ in range(layers))
 
     def forward(self, pixels: Tensor, settings: DyMU = DyMU()) -> tuple[Tensor, Tensor]:
         """pixels (3, H, W) -> x (N_un, D) of the layer that is read, token_at (N,)"""
-        self.config.check(settings)
-        x, size, token_at = self.embed(pixels)
+        check_layers(settings, len(self.layers), self.c.num_hidden_layers)
+        x = self.embed(pixels)
+        size = torch.ones(len(x), device=x.device)
+        token_at = torch.arange(len(x), device=x.device)
+        bias = None  # until something has merged
+
         for i, layer in enumerate(self.layers):
-            x, keys = layer.attend(x, size, token_at)
-            # differs from CLIP and SigLIP: DToMe, between attention and MLP
-            if settings.thresholds is not None or settings.r is not None:
-                score, partner = match(keys, self.class_token)
-                x, size, token_at = merge(x, size, token_at, partner, settings.edges(score, i))
+            x, q, k, v = layer.attend(x, bias)
+
+            # differs from CLIP: DToMe, between attention and MLP
+            if settings.merging:
+                seen = dymu.Seen(i, x, q, k, v, size, token_at, self.c.class_token)
+                score, partner = dymu.match(settings.similarity(seen), self.c.class_token)
+                chosen = settings.choose(score, seen)
+                x, size, token_at = dymu.merge(x, size, token_at, partner, chosen)
+
+                # differs from CLIP: Eq. 5, in the next layer's attention. It takes x's dtype
+                if len(x) < len(token_at):
+                    bias = dymu.size_bias(size).to(x.dtype)
+
             x = layer.feed_forward(x)
-        if self.config.vision_feature_select_strategy == "default":  # without position 0, the class token's
-            return settle(x, token_at[1:])
-        return x, token_at
+
+        if self.keep_class_token or not self.c.class_token:
+            return x, token_at
+
+        # the class token is token 0 still, and stands at position 0 alone
+        return x[1:], token_at[1:] - 1
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """pixels (3, H, W) -> x (N, D): the class token, if there is one, and patches
+
+        Raises ValueError for pixels of another shape.
+        """
+        wanted = (self.c.num_channels, self.c.image_size, self.c.image_size)
+        if pixels.shape != wanted:
+            raise ValueError(f"pixels {tuple(pixels.shape)}, wanted {wanted}")
+
+        x = self.patch_embedding(pixels.to(self.patch_embedding.weight)[None])
+        x = rearrange(x, "1 d h w -> (h w) d")
+        if not self.c.class_token:
+            return x + self.position_embedding.weight
+
+        x = torch.cat((self.class_embedding[None], x))
+        return self.pre_layrnorm(x + self.position_embedding.weight)
 
 
-class Projector(nn.Module):
-    def __init__(self, c: LlavaConfig):
-        super().__init__()
-        D, bias, self.act = c.text_config.hidden_size, c.multimodal_projector_bias, ACTIVATIONS[c.projector_hidden_act]
-        self.linear_1, self.linear_2 = nn.Linear(c.vision_config.hidden_size, D, bias), nn.Linear(D, D, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.act(self.linear_1(x)))
-
-
-# ---- Llama ----
+def check_layers(settings: DyMU, runs: int, whole: int) -> None:
+    """Raises ValueError unless thresholds, or r, has one value for each layer that runs."""
+    for name in ("thresholds", "r"):
+        values = getattr(settings, name)
+        if values is not None and len(values) not in (runs, whole):
+            raise ValueError(
+                f"{len(values)} {name} given, the vision tower runs {runs} of its {whole} layers"
+            )
 
 
-def rope_table(N: int, c: TextConfig, device) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, head_dim / 2) of theta_f[n] = n / base^(2f/d), float32"""
-    f = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=device) / c.head_dim
-    theta = torch.arange(N, dtype=torch.float32, device=device)[:, None] * (1 / c.rope_theta**f)
+# ---- Llama, the language model ----
+
+
+@strict
+@dataclass
+class TextConfig:
+    """Llama and its relatives. The defaults are transformers' LlamaConfig."""
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+
+    # fewer than heads: grouped-query attention; None: as many
+    num_key_value_heads: int | None = None
+
+    head_dim: int | None = None  # None: hidden_size / heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float | int = 1e-6
+    rope_theta: float | int = 10000.0  # base of the RoPE angles
+    attention_bias: bool = False  # of q, k and v: Qwen2 has them
+    output_bias: bool = False  # of o: in a config.json of Llama attention_bias is all four
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+def rope_table(N: int, c: TextConfig, device, start: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin (N - start, d/2) of theta_f[n] = n / base^(2f / d), float32"""
+    exponent = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=device) / c.head_dim
+    n = torch.arange(start, N, dtype=torch.float32, device=device)
+    theta = n[:, None] * (1 / c.rope_theta**exponent)
     return theta.cos(), theta.sin()
 
 
 class KVCache:
-    """Keys and values of every decoder layer, one entry per *row*: N_un for a picture, not N (until `expand`)."""
+    """Keys and values of every decoder layer, one entry per row: N_un for a picture, not N.
 
-    def __init__(self, c: TextConfig, capacity: int, like: Tensor):
-        self.kv = like.new_empty(c.num_hidden_layers, 2, c.num_key_value_heads, capacity, c.head_dim)
+    Keys are rotated if every row has one position. If not, they are rotated where they are used.
+    """
+
+    def __init__(self):
+        self.kv = {}  # layer -> k and v (H_kv, rows, d)
         self.rows = 0
+        self.positions = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v (H_kv, new rows, d) -> those of all rows so far. `rows` moves on after the last layer."""
-        end = self.rows + k.shape[1]
-        self.kv[layer, 0, :, self.rows : end], self.kv[layer, 1, :, self.rows : end] = k, v
-        if layer == len(self.kv) - 1:
-            self.rows = end
-        return self.kv[layer, 0, :, :end], self.kv[layer, 1, :, :end]
+        """k and v (H_kv, R, d) of the newest rows -> those of all rows so far"""
+        if layer in self.kv:
+            old_k, old_v = self.kv[layer]
+            k = torch.cat((old_k, k), dim=1)
+            v = torch.cat((old_v, v), dim=1)
+        self.kv[layer] = k, v
+        return k, v
 
-    def expand(self, token_at: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """From rows to virtual positions, keys rotated: N entries instead of N_un, and steps are plain Llama's then."""
-        rows, self.rows, more = self.rows, len(token_at), self.kv.shape[3] - self.rows
-        kv = self.kv.new_empty(*self.kv.shape[:3], self.rows + more, self.kv.shape[4])
-        for new, (k, v) in zip(kv, self.kv[:, :, :, :rows]):
-            new[0, :, : self.rows] = rotate(k.index_select(1, token_at), cos.to(k.dtype), sin.to(k.dtype))
-            new[1, :, : self.rows] = v.index_select(1, token_at)
-        self.kv = kv
+    def rotate(self, cos: Tensor, sin: Tensor) -> None:
+        """Turns every key by the angle of its row: cos, sin (rows, d/2)"""
+        for layer, (k, v) in self.kv.items():
+            self.kv[layer] = dymu.rotate(k, cos.to(k), sin.to(k)), v
 
     @property
     def bytes(self) -> int:
-        """Bytes of the rows held so far."""
-        return self.kv[..., : self.rows, :].numel() * self.kv.element_size()
+        return sum(k.nbytes + v.nbytes for k, v in self.kv.values())
 
 
 class RMSNorm(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(c.hidden_size)), c.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(c.hidden_size))
+        self.eps = c.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)
+        wide = dymu.at_least_float32(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
 class DecoderLayer(nn.Module):
-    """Grouped-query attention with RoPE, then SwiGLU, each behind an RMSNorm."""
+    """Grouped-query attention with RoPE, then SwiGLU, an RMSNorm before each."""
 
     def __init__(self, c: TextConfig, index: int):
         super().__init__()
-        self.index, self.d, self.act = index, c.head_dim, ACTIVATIONS[c.hidden_act]
-        D, Q, KV = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(c), RMSNorm(c)
-        self.q_proj, self.o_proj = nn.Linear(D, Q, c.attention_bias), nn.Linear(Q, D, c.output_bias)
-        self.k_proj, self.v_proj = nn.Linear(D, KV, c.attention_bias), nn.Linear(D, KV, c.attention_bias)
-        self.gate_proj, self.up_proj = (nn.Linear(D, c.intermediate_size, c.mlp_bias) for _ in range(2))
-        self.down_proj = nn.Linear(c.intermediate_size, D, c.mlp_bias)
+        D = c.hidden_size
+        q_size = c.num_attention_heads * c.head_dim
+        kv_size = c.num_key_value_heads * c.head_dim
+        self.index = index
+        self.d = c.head_dim
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, token_at, blocks, cache: KVCache | None) -> Tensor:
+        self.input_layernorm = RMSNorm(c)
+        self.q_proj = nn.Linear(D, q_size, bias=c.attention_bias)
+        self.k_proj = nn.Linear(D, kv_size, bias=c.attention_bias)
+        self.v_proj = nn.Linear(D, kv_size, bias=c.attention_bias)
+        self.o_proj = nn.Linear(q_size, D, bias=c.output_bias)
+
+        self.post_attention_layernorm = RMSNorm(c)
+        self.gate_proj = nn.Linear(D, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(D, c.intermediate_size, bias=c.mlp_bias)
+        self.act = ACTIVATIONS[c.hidden_act]
+        self.down_proj = nn.Linear(c.intermediate_size, D, bias=c.mlp_bias)
+
+    def forward(
+        self, x, token_at: Tensor | None, cos, sin, query_at: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """x (R, D) -> (R, D)
+
+        token_at, cos, sin, query_at: as in `vtu_attention`; token_at=None makes it plain Llama.
+        """
         h = self.input_layernorm(x)
-        q, k, v = (rearrange(p(h), "n (h d) -> h n d", d=self.d) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if token_at is None:  # every row has one position, so its key is rotated once, before it is cached
-            q, k = (rotate(t, cos[-len(x) :], sin[-len(x) :]) for t in (q, k))
-        if cache is not None:
-            k, v = cache.append(self.index, k, v)
+        q = rearrange(self.q_proj(h), "n (h d) -> h n d", d=self.d)
+        k = rearrange(self.k_proj(h), "n (h d) -> h n d", d=self.d)
+        v = rearrange(self.v_proj(h), "n (h d) -> h n d", d=self.d)
+
         if token_at is None:
-            out = attention(q, k, v, causal=len(x) > 1)
-        else:  # differs from Llama: VTU. Cached keys are not rotated: they are expanded and rotated here, where used
-            out = vtu_attention(q, k, v, token_at, cos, sin, blocks=blocks)
+            k, v = cache.append(self.index, dymu.rotate(k, cos, sin), v)
+            out = dymu.causal_attention(dymu.rotate(q, cos, sin), k, v)
+        else:
+            # differs from Llama: VTU. A token has an angle at each of its positions,
+            # so its key is cached unrotated
+            k, v = cache.append(self.index, k, v)
+            out = dymu.vtu_attention(q, k, v, token_at, cos, sin, query_at)
+
         x = x + self.o_proj(rearrange(out, "h n d -> n (h d)"))
+
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(self.act(self.gate_proj(h)) * self.up_proj(h))
 
@@ -188,166 +301,248 @@ class DecoderLayer(nn.Module):
 class Llama(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
+        self.c = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c)
 
-    def forward(self, x: Tensor, token_at: Tensor, cos: Tensor, sin: Tensor, queries=None, cache=None) -> Tensor:
-        """The new rows x (R, D) -> (R, D), normalised: all rows of a sequence, or with a filled cache the next one.
+    def forward(self, x: Tensor, token_at: Tensor, cache: KVCache, queries=None) -> Tensor:
+        """The rows x (R, D) that follow those in the cache -> (R, D), normalised.
 
-        token_at (N,): the row at each virtual position so far, cached rows counted; cos, sin (N, d/2). queries: as in
-        `vtu_attention`. A norm, a linear layer and the MLP work row by row, f(M e) = M f(e): they run on R rows only.
+        token_at (N,): which row stands at each position so far, the first cached one being row 0.
+        If no row has two positions, it must be the identity. queries: see `DyMU`.
+
+        Norms, linear layers and the MLP work row by row, f(M e) = M f(e), so they run on R rows,
+        not on N positions.
         """
+        N = len(token_at)
+        past = cache.positions
+        plain = cache.rows + len(x) == N  # every row so far has one position: this is Llama
+
+        # plain Llama needs the new rows' angles alone
+        cos, sin = rope_table(N, self.c, x.device, start=past if plain else 0)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        cached = cache.rows if cache is not None else 0
-        assert not cached or len(x) == 1, f"{len(x)} rows behind {cached} cached ones"
-        merged = len(token_at) > cached + len(x)  # else each row stands at its own position, and this is plain Llama
-        blocks = query_blocks(token_at, queries) if merged and not cached else None
+
+        if not plain and cache.rows == past:
+            # what is cached was plain Llama's until now, and its keys were rotated: take that back
+            cache.rotate(cos[:past], -sin[:past])
+
+        query_at = None  # each of the new rows has one position
+        if len(x) < N - past:
+            query_at = torch.arange(past, N, device=x.device)
+            if queries is not None:
+                query_at = queries(token_at)
+                query_at = query_at[query_at >= past]
+
         for layer in self.layers:
-            x = layer(x, cos, sin, token_at if merged else None, blocks, cache)
+            x = layer(x, None if plain else token_at, cos, sin, query_at, cache)
+
+        cache.rows += len(x)
+        cache.positions = N
         return self.norm(x)
 
 
 # ---- LLaVA ----
 
 
-class Llava(nn.Module):
-    def __init__(self, config: LlavaConfig):
+@strict
+@dataclass
+class LlavaConfig:
+    """How the two are joined. The defaults are LLaVA-1.5's.
+
+    What else a config.json of each family may leave out is in extras/families.py.
+    """
+
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    text_config: TextConfig = field(default_factory=TextConfig)
+    model_type: str = "llava"
+    image_token_index: int = 32000
+
+    # an index into [embeddings, output of block 0, output of block 1, ...]
+    vision_feature_layer: int = -2
+
+    # "default" drops the class token, "full" keeps it
+    vision_feature_select_strategy: str = "default"
+
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool = False
+    eos_token_id: tuple[int, ...] = (2,)
+    dtype: str | None = None  # to run in; None: as its tensors are stored
+
+    @property
+    def vision_layers(self) -> int:
+        """How many blocks of the tower run: those up to the layer that is read."""
+        last = self.vision_feature_layer
+        return last if last >= 0 else self.vision_config.num_hidden_layers + 1 + last
+
+    @property
+    def visual_tokens(self) -> int:
+        """N of one picture, before any merging."""
+        c = self.vision_config
+        return c.class_token + c.grid**2 - (self.vision_feature_select_strategy == "default")
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """The ids that stand for a picture in a prompt."""
+        return (self.image_token_index,)
+
+    def check_length(self, positions: int) -> None:
+        """Raises ValueError for a prompt of more positions than the decoder was made for."""
+        limit = self.text_config.max_position_embeddings
+        if positions > limit:
+            raise ValueError(
+                f"the prompt takes {positions} positions, the model has {limit}: "
+                "fewer pictures or frames, or a shorter question"
+            )
+
+
+def as_list(pixels) -> list:
+    """What a prompt shows: nothing, one picture or a list of them -> a list"""
+    if pixels is None:
+        return []
+    return pixels if isinstance(pixels, list) else [pixels]
+
+
+class Projector(nn.Module):
+    def __init__(self, c: LlavaConfig):
         super().__init__()
-        self.config = config
-        self.vision_tower = VisionTower(config)
-        self.multi_modal_projector = Projector(config)
-        self.language_model = Llama(config.text_config)
-        if config.image_grid_pinpoints:
-            self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        D = c.text_config.hidden_size
+        self.linear_1 = nn.Linear(c.vision_config.hidden_size, D, bias=c.multimodal_projector_bias)
+        self.act = ACTIVATIONS[c.projector_hidden_act]
+        self.linear_2 = nn.Linear(D, D, bias=c.multimodal_projector_bias)
 
-    def encode(self, pixels, settings: DyMU = DyMU()) -> list[tuple[Tensor, Tensor]]:
-        """What a prompt shows -> for each placeholder its rows (R, D), and token_at (N,) over all visual rows so far.
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(x)))
 
-        With `settings.temporal` pictures share rows with the one before.
 
-        pixels: one picture or video, or a list of them: (3, H, W); for AnyRes models a Picture; or a Video.
-        """
-        return join_frames([self.encode_one(one, settings) for one in as_list(pixels)], settings.temporal)
+class Llava(nn.Module):
+    def __init__(self, c: LlavaConfig):
+        super().__init__()
+        self.config = c
+        text = c.text_config
+        keep_class_token = c.vision_feature_select_strategy == "full"
+        self.vision_tower = VisionTower(c.vision_config, c.vision_layers, keep_class_token)
+        self.multi_modal_projector = Projector(c)
+        self.language_model = Llama(text)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
-    def encode_one(self, pixels, settings: DyMU) -> tuple[Tensor, Tensor]:
-        """A picture or video -> its rows (R, D), token_at (N,). Crops and frames are encoded, and merge, one by one."""
-        c = self.config
-        takes = (Picture, Video) if c.has_video else Picture if c.image_grid_pinpoints else Tensor
-        if not isinstance(pixels, takes):
-            kind = type(pixels).__name__
-            raise ValueError(f"pixels are a {kind}, not what this model's processor makes of a picture")
-        crops = pixels[None] if isinstance(pixels, Tensor) else pixels[0]
-        x, at = zip(*join_frames([self.vision_tower(crop, settings) for crop in crops], None))
-        x, at = self.multi_modal_projector(torch.cat(x)), torch.stack(at)  # (R, D) of all crops, (C, N)
-        if isinstance(pixels, Tensor):
-            return x, at[0]
-        return arrange(x, at, self.image_newline, pixels, c, settings.temporal)
+    def forward(self, ids: Tensor, pixels=None, settings: DyMU = DyMU()) -> Tensor:
+        """ids (T,) with a placeholder for each picture in pixels -> logits (R, vocab).
 
-    def splice(self, ids, visual: list[tuple[Tensor, Tensor]], vtu: bool = True) -> tuple[Tensor, Tensor]:
-        """Puts the visual rows that `encode` gives in the place of the placeholders in ids (T,), in order.
-
-        -> rows (R, D), token_at (N + text,) over them; with vtu=False every row has one position, token_at (R,).
-        Raises ValueError for ids that the model cannot take.
-        """
-        c, embedding = self.config, self.language_model.embed_tokens
-        ids = torch.as_tensor(ids, device=embedding.weight.device)
-        places = torch.isin(ids, torch.tensor(c.placeholders, device=ids.device))
-        text, vocab = ids[~places], c.text_config.vocab_size
-        if (n := int(places.sum())) != len(visual):
-            raise ValueError(f"{n} image placeholders in the prompt, {len(visual)} pictures given")
-        if not len(text) or not 0 <= int(text.min()) <= int(text.max()) < vocab:
-            raise ValueError(f"the prompt needs text, as token ids from 0 to {vocab - 1}")
-        rows, token_at, stands, n = [], [], text[:0], 0  # stands: at which row each visual row is
-        for i, part in enumerate(ids.tensor_split(places.nonzero().flatten().tolist())):
-            if i:  # it begins with a placeholder
-                x, at = visual[i - 1]
-                stands = torch.cat((stands, torch.arange(n, n + len(x), device=ids.device)))
-                rows, token_at, n, part = [*rows, x], [*token_at, stands[at]], n + len(x), part[1:]
-            rows.append(embedding(part))
-            token_at.append(torch.arange(n, n + len(part), device=ids.device))
-            n += len(part)
-        rows, token_at = torch.cat(rows), torch.cat(token_at) if vtu else torch.arange(n, device=ids.device)
-        c.check_length(len(token_at))
-        return rows, token_at
-
-    def prepare(self, ids, pixels, settings: DyMU) -> tuple[Tensor, Tensor]:
-        """encode, then splice. Raises ValueError where a placeholder is not of the kind of what stands for it."""
-        c, shown = self.config, [] if pixels is None else as_list(pixels)
-        wanted = [c.video_token_index if isinstance(one, Video) else c.image_token_index for one in shown]
-        found = [i for i in torch.as_tensor(ids).tolist() if i in c.placeholders]
-        if len(found) == len(wanted) and found != wanted:
-            raise ValueError(f"the placeholders in the prompt are {found}, those of the pictures and videos {wanted}")
-        return self.splice(ids, self.encode(shown, settings), settings.vtu)
-
-    def head(self, x: Tensor) -> Tensor:
-        tied = self.config.tie_word_embeddings
-        return F.linear(x, (self.language_model.embed_tokens if tied else self.lm_head).weight)
-
-    def forward(self, ids, pixels=None, settings: DyMU = DyMU()) -> Tensor:
-        """ids (T,) with a placeholder for each picture or video in pixels, as `encode` takes them -> logits (R, vocab).
-
-        R counts the text tokens and the unique visual tokens. Without pixels, a text-only prompt.
+        R counts the text and what is left of the visual tokens.
+        pixels: see `encode`; None for a prompt of text alone.
         """
         rows, token_at = self.prepare(ids, pixels, settings)
-        return self.logits(rows, token_at, settings.queries)
+        return self.logits(self.language_model(rows, token_at, KVCache(), settings.queries))
 
-    def logits(self, rows: Tensor, token_at: Tensor, queries: int | None = None) -> Tensor:
-        """rows (R, D) and token_at (N,), as `splice` gives them -> logits (R, vocab)"""
-        angles = rope_table(len(token_at), self.config.text_config, rows.device)
-        return self.head(self.language_model(rows, token_at, *angles, queries))
-
-    @torch.no_grad()
-    def generate(self, ids, pixels=None, settings: DyMU = DyMU(), max_new_tokens=128, **options):
-        """Iterates over the ids of the answer. ids and pixels as in `forward`, options as in `decode`."""
-        rows, token_at = self.prepare(ids, pixels, settings)
-        cache = self.new_cache(len(rows) + max_new_tokens)
-        yield from self.decode(rows, token_at, cache, settings.queries, max_new_tokens, **options)
-
-    def new_cache(self, capacity: int) -> KVCache:
-        """capacity: rows, of the prompt and of what will be generated"""
-        c = self.config.text_config
-        return KVCache(c, min(capacity, c.max_position_embeddings), like=self.language_model.embed_tokens.weight)
+    def generate(self, ids, pixels=None, settings=DyMU(), max_new_tokens=128, **options):
+        """Iterates over the ids of the answer. ids, pixels: as in `forward`; options: `decode`."""
+        with torch.no_grad():
+            rows, token_at = self.prepare(ids, pixels, settings)
+        return self.decode(rows, token_at, KVCache(), settings.queries, max_new_tokens, **options)
 
     @torch.no_grad()
     def decode(
-        self,
-        rows,
-        token_at,
-        cache,
-        queries=None,
-        max_new_tokens=128,
-        eos=None,
-        temperature=0.0,
-        seed=None,
-        expand=False,
+        self, rows, token_at, cache, queries=None, max_new_tokens=128, eos=None, pick=torch.argmax
     ):
-        """Prefills rows and token_at, as `splice` gives them, into an empty cache; then yields one id at a time.
+        """Yields the ids that follow the rows, one at a time, up to and with an end-of-text id.
 
-        Greedy, or with a temperature sampled from softmax(logits / temperature). Ends after max_new_tokens, where the
-        model's positions end, or with an id of eos (one or several; None: the checkpoint's own), which is yielded too.
-        expand: after the prefill, trade the cache's memory for faster steps (`KVCache.expand`).
+        rows, token_at, cache, queries: as in `Llama`; eos: an id, or several, in the place of the
+        checkpoint's own; pick: logits (vocab,) -> id, by default the likeliest. It ends early
+        where the decoder's positions end.
         """
-        c, embedding = self.config.text_config, self.language_model.embed_tokens
-        eos = self.config.eos_token_id if eos is None else (eos,) if isinstance(eos, int) else eos
-        generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
-        start = len(token_at)
-        end = min(start + max_new_tokens, c.max_position_embeddings + 1)  # the last id is not fed back
-        cos, sin = rope_table(end, c, rows.device)
-        token_at = torch.cat((token_at, torch.arange(len(rows), len(rows) + end - start, device=rows.device)))
-        for N in range(start, end):
-            x = self.language_model(rows, token_at[:N], cos[:N], sin[:N], queries, cache)
-            logits = at_least_float32(self.head(x[-1]))
-            if temperature > 0:
-                token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-            else:
-                token = int(logits.argmax())
-            yield token
-            if token in eos:
+        eos = self.config.eos_token_id if eos is None else eos
+        eos = (eos,) if isinstance(eos, int) else eos
+        limit = self.config.text_config.max_position_embeddings
+
+        for _ in range(max_new_tokens):
+            cached = cache.rows
+            x = self.language_model(rows, token_at, cache, queries)
+            last = x[token_at[-1] - cached]
+            id = int(pick(self.logits(last)))
+            yield id
+
+            if id in eos or cache.positions >= limit:
                 return
-            if expand and start == N and cache.rows < N:
-                cache.expand(token_at[:N], cos[:N], sin[:N])
-                token_at = torch.arange(end, device=rows.device)
-            rows = embedding.weight[token][None]
+
+            # the id gets a row of its own, at the next position
+            rows = self.language_model.embed_tokens.weight[id][None]
+            token_at = F.pad(token_at, (0, 1), value=cache.rows)
+
+    def prepare(self, ids: Tensor, pixels, settings: DyMU) -> tuple[Tensor, Tensor]:
+        """ids, pixels: as in `forward` -> what the decoder takes: rows (R, D), token_at (N,)"""
+        return self.splice(ids, self.encode(pixels, settings), settings.vtu)
+
+    def encode(self, pixels, settings: DyMU = DyMU()) -> list[tuple[Tensor, Tensor]]:
+        """For each picture its rows (N_un, D), as the decoder takes them, and token_at (N,).
+
+        pixels: one picture or a list of them, each (3, H, W) or an object of extras/ that encodes
+        itself (tiles, a video).
+        """
+        visual = []
+        for picture in as_list(pixels):
+            if isinstance(picture, Tensor):
+                x, token_at = self.vision_tower(picture, settings)
+                visual.append((self.multi_modal_projector(x), token_at))
+            else:
+                visual.append(picture.encode(self, settings))
+        return visual
+
+    def splice(
+        self, ids: Tensor, visual: list[tuple[Tensor, Tensor]], vtu: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Puts the rows of each picture in the place of its placeholder in ids.
+
+        ids (T,), visual: as `encode` gives it -> rows (R, D), token_at (N,)
+        A negative number in a picture's token_at is a row of a picture before it, counted back
+        from its own first. vtu=False: each row has one position. Raises ValueError for a prompt
+        that the model cannot take.
+        """
+        embed = self.language_model.embed_tokens
+        ids = torch.as_tensor(ids, device=embed.weight.device)
+        placeholders = self.find_placeholders(ids, len(visual))
+
+        rows = []
+        token_at = []
+        stands = ids[:0]  # at which row each visual row is
+        n = 0  # rows so far
+        for i, text in enumerate(ids.tensor_split(placeholders)):
+            if i > 0:  # it begins with a placeholder
+                x, at = visual[i - 1]
+                first = len(stands)
+                stands = torch.cat((stands, torch.arange(n, n + len(x), device=ids.device)))
+                token_at.append(stands[first + at])
+                rows.append(x)
+                n += len(x)
+                text = text[1:]
+
+            rows.append(embed(text))
+            token_at.append(torch.arange(n, n + len(text), device=ids.device))
+            n += len(text)
+
+        rows = torch.cat(rows)
+        token_at = torch.cat(token_at) if vtu else torch.arange(n, device=ids.device)
+        self.config.check_length(len(token_at))
+        return rows, token_at
+
+    def find_placeholders(self, ids: Tensor, pictures: int) -> list[int]:
+        """Where in ids (T,) they are; ValueError if not as many as pictures, or for wrong ids."""
+        wanted = torch.tensor(self.config.placeholders, device=ids.device)
+        found = torch.isin(ids, wanted)
+        if int(found.sum()) != pictures:
+            raise ValueError(
+                f"{int(found.sum())} image placeholders in the prompt, {pictures} pictures given"
+            )
+
+        text = ids[~found]
+        vocab = self.config.text_config.vocab_size
+        if not len(text) or text.min() < 0 or text.max() >= vocab:
+            raise ValueError(f"the prompt needs text, as token ids from 0 to {vocab - 1}")
+        return found.nonzero().flatten().tolist()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Rows that the language model gives, (..., D) -> (..., vocab)"""
+        head = self.language_model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(x, head.weight)

@@ -32,14 +32,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from budgets import BUDGETS, merges, read_thresholds
-from config import one_line, read_config, read_json
-from dymu import DyMU, find_thresholds, schedule
+from dymu import DyMU
+from extras.door import find, one_line, read_json
+from extras.families import read_config
+from extras.sampled import spread
+from extras.thresholds import BUDGETS, find_thresholds, merges, read_thresholds, schedule
 from lab.scenes import GRID, HELD_OUT, KINDS, ask, blind_guess, easy_pictures, place_things, scene
 from lab.tables import head, line, save
-from load import find, load
+from load import load
+from model import KVCache
 
-VTU = {"VTU": {}, "VTU with 1 query": dict(queries=1), "no VTU": dict(vtu=False)}
+VTU = {"VTU": {}, "VTU with 1 query": dict(queries=spread(1)), "no VTU": dict(vtu=False)}
 OTHERS = {  # DToMe mid with another schedule, or with thresholds found on scenes of one level only
     "linear schedule": ("linear", None),
     "reverse linear schedule": ("reverse_linear", None),
@@ -76,12 +79,22 @@ def all_settings(folder: Path, pool: ProcessPoolExecutor) -> dict[str, DyMU]:
     jobs = {} if own else {budget: (r[budget], None) for budget in BUDGETS}
     for name, (kind, level) in OTHERS.items():
         jobs[name] = schedule(sum(r["mid"]), config.vision_layers, kind), level
-    found = dict(zip(jobs, pool.map(functools.partial(thresholds_on, folder), *zip(*jobs.values()))))
+    found = dict(
+        zip(jobs, pool.map(functools.partial(thresholds_on, folder), *zip(*jobs.values())))
+    )
     found |= {budget: read_thresholds(budget, folder, config)[0] for budget in BUDGETS if own}
     ways = {f"ToMe {budget}": dict(r=r[budget]) for budget in BUDGETS}
     ways |= {f"DToMe {budget}": dict(thresholds=found[budget]) for budget in BUDGETS}
-    rows = {f"{way}, {name}": DyMU(**merging, **vtu) for way, merging in ways.items() for name, vtu in VTU.items()}
-    return {"full": DyMU()} | rows | {f"DToMe mid, VTU, {name}": DyMU(thresholds=found[name]) for name in OTHERS}
+    rows = {
+        f"{way}, {name}": DyMU(**merging, **vtu)
+        for way, merging in ways.items()
+        for name, vtu in VTU.items()
+    }
+    return (
+        {"full": DyMU()}
+        | rows
+        | {f"DToMe mid, VTU, {name}": DyMU(thresholds=found[name]) for name in OTHERS}
+    )
 
 
 def easy_list(split: str) -> list[tuple[str, list[tuple[str, str, str]]]]:
@@ -101,17 +114,21 @@ def examine(folder: Path, rows: dict[str, DyMU], picture) -> dict:
     processor.view(image).save(jpeg, "JPEG")  # at Pillow's quality 75
     asked = []
     for _, question, answer in questions:
-        told = processor.tokenizer.encode(f" {answer}", add_special_tokens=False).ids + [llava.config.eos_token_id[0]]
+        told = processor.tokenizer.encode(f" {answer}", add_special_tokens=False).ids + [
+            llava.config.eos_token_id[0]
+        ]
         asked.append((torch.cat((processor.prompt(question), torch.tensor(told[:-1]))), told))
     encode = functools.cache(lambda merging: llava.encode(pixels, merging))
-    found = dict(questions=questions, bytes_per_pixel=jpeg.tell() / pixels[0].numel(), tokens={}, right={})
+    found = dict(
+        questions=questions, bytes_per_pixel=jpeg.tell() / pixels[0].numel(), tokens={}, right={}
+    )
     for name, settings in rows.items():
         visual = encode(dataclasses.replace(settings, vtu=True, queries=None))
         found["tokens"][name], found["right"][name] = len(visual[0][0]), []
         for ids, told in asked:
             x, token_at = llava.splice(ids, visual, settings.vtu)
-            logits = llava.logits(x, token_at, settings.queries)[-len(told) :]
-            found["right"][name].append(logits.argmax(-1).tolist() == told)
+            x = llava.language_model(x, token_at, KVCache(), settings.queries)[-len(told) :]
+            found["right"][name].append(llava.logits(x).argmax(-1).tolist() == told)
     return found
 
 
@@ -120,18 +137,28 @@ def examine(folder: Path, rows: dict[str, DyMU], picture) -> dict:
 
 def accuracy(pictures: list[dict], kinds, names: list[str]) -> Tensor:
     """Right answers in % to questions of these kinds -> (1 + RESAMPLES, rows): of the pictures, then of resamples."""
-    chosen = [[i for i, (kind, _, _) in enumerate(p["questions"]) if kind in kinds] for p in pictures]
+    chosen = [
+        [i for i, (kind, _, _) in enumerate(p["questions"]) if kind in kinds] for p in pictures
+    ]
     asked = torch.tensor([float(len(c)) for c in chosen])
-    right = torch.tensor([[float(sum(p["right"][n][i] for i in c)) for n in names] for p, c in zip(pictures, chosen)])
-    draw = torch.randint(len(pictures), (RESAMPLES, len(pictures)), generator=torch.Generator().manual_seed(0))
-    times = torch.zeros(draw.shape).scatter_add_(1, draw, torch.ones(draw.shape))  # how often each picture is drawn
+    right = torch.tensor(
+        [[float(sum(p["right"][n][i] for i in c)) for n in names] for p, c in zip(pictures, chosen)]
+    )
+    draw = torch.randint(
+        len(pictures), (RESAMPLES, len(pictures)), generator=torch.Generator().manual_seed(0)
+    )
+    times = torch.zeros(draw.shape).scatter_add_(
+        1, draw, torch.ones(draw.shape)
+    )  # how often each picture is drawn
     times = torch.cat((torch.ones_like(times[:1]), times))
     return 100 * times @ right / (times @ asked)[:, None]
 
 
 def interval(values: Tensor) -> list[float]:
     """(1 + RESAMPLES,) -> the value and its 95 % interval"""
-    ends = values[1:].nanquantile(torch.tensor([0.025, 0.975]))  # nan: a resample without such questions
+    ends = values[1:].nanquantile(
+        torch.tensor([0.025, 0.975])
+    )  # nan: a resample without such questions
     return [round(v, 2) for v in (values[0].item(), *ends.tolist())]
 
 
@@ -148,11 +175,16 @@ def spearman(a: list[float], b: list[float]) -> float:
 
 
 def summarise(scenes: list[dict], easy: list[dict], names: list[str]) -> dict:
-    share = {c: accuracy(easy if c == "easy-VQA" else scenes, kinds, names) for c, kinds in COLUMNS.items()}
+    share = {
+        c: accuracy(easy if c == "easy-VQA" else scenes, kinds, names)
+        for c, kinds in COLUMNS.items()
+    }
     rows = {}
     for i, name in enumerate(names):
         cells = {column: interval(values[:, i]) for column, values in share.items()}
-        rows[name] = dict(tokens=mean_std(scenes, name), tokens_easy=mean_std(easy, name), accuracy=cells)
+        rows[name] = dict(
+            tokens=mean_std(scenes, name), tokens_easy=mean_std(easy, name), accuracy=cells
+        )
     of = dict(zip(names, share["scenes"].T))
     pairs = {
         label: {budget: interval(of[a.format(budget)] - of[b.format(budget)]) for budget in BUDGETS}
@@ -160,24 +192,45 @@ def summarise(scenes: list[dict], easy: list[dict], names: list[str]) -> dict:
     }
     # Fig. 3: complexity as JPEG bytes per pixel
     complexity = [p["bytes_per_pixel"] for p in scenes]
-    correlation = {b: spearman(complexity, [p["tokens"][f"DToMe {b}, VTU"] for p in scenes]) for b in BUDGETS}
+    correlation = {
+        b: spearman(complexity, [p["tokens"][f"DToMe {b}, VTU"] for p in scenes]) for b in BUDGETS
+    }
     order, n, thirds = sorted(scenes, key=lambda p: p["bytes_per_pixel"]), len(scenes), {}
     for third in (order[: n // 3], order[n // 3 : n - n // 3], order[n - n // 3 :]):
         values = dict(zip(names, accuracy(third, KINDS, names).T))
         label = f"{third[0]['bytes_per_pixel']:.3f} to {third[-1]['bytes_per_pixel']:.3f}"
-        shown = "full", *(f"{method} {budget}, VTU" for budget in BUDGETS for method in ("ToMe", "DToMe"))
-        thirds[label] = {name: dict(tokens=mean_std(third, name), accuracy=interval(values[name])) for name in shown}
+        shown = (
+            "full",
+            *(f"{method} {budget}, VTU" for budget in BUDGETS for method in ("ToMe", "DToMe")),
+        )
+        thirds[label] = {
+            name: dict(tokens=mean_std(third, name), accuracy=interval(values[name]))
+            for name in shown
+        }
     # what one would get right without the picture
     seen = [item for _, questions in easy_list("train") for item in questions]
     for seed in range(BLIND_SCENES):
         rng = random.Random(seed)
         seen += ask(rng, place_things(rng, rng.random(), GRID, (0, 0)), 10)
     items = [item for p in scenes + easy for item in p["questions"]]
-    asked = {column: sum(kind in kinds for kind, _, _ in items) for column, kinds in COLUMNS.items()}
+    asked = {
+        column: sum(kind in kinds for kind, _, _ in items) for column, kinds in COLUMNS.items()
+    }
     guess = blind_guess(seen, items)
-    blind = {c: 100 * sum(guess[k] * asked[k] for k in kinds) / asked[c] for c, kinds in COLUMNS.items()}
+    blind = {
+        c: 100 * sum(guess[k] * asked[k] for k in kinds) / asked[c] for c, kinds in COLUMNS.items()
+    }
     blind = {column: round(percent, 2) for column, percent in blind.items()}
-    return dict(asked=asked, blind=blind, rows=rows, pairs=pairs, spearman=correlation, thirds=thirds)
+    return dict(
+        asked=asked, blind=blind, rows=rows, pairs=pairs, spearman=correlation, thirds=thirds
+    )
+
+
+def written(settings: DyMU) -> dict:
+    """Settings as JSON has them."""
+    queries = None if settings.queries is None else settings.queries.keywords["queries"]
+    merging = dict(thresholds=settings.thresholds, r=settings.r)
+    return merging | dict(vtu=settings.vtu, queries=queries)
 
 
 # ---- showing ----
@@ -192,7 +245,12 @@ def table(results: dict) -> str:
     def tokens(mean, std):
         return f"{mean:.0f} ± {std:.0f}"
 
-    pictures, asked, blind, wide = results["pictures"], results["asked"], results["blind"], ("scenes", "easy-VQA")
+    pictures, asked, blind, wide = (
+        results["pictures"],
+        results["asked"],
+        results["blind"],
+        ("scenes", "easy-VQA"),
+    )
     out = [
         f"Right answers in %, on {pictures['scenes']} held-out scenes and {pictures['easy-VQA']} test pictures of "
         "easy-VQA, with 95 % bootstrap intervals over pictures. Tokens: mean ± standard deviation over pictures. "
@@ -206,14 +264,26 @@ def table(results: dict) -> str:
         cells = (bracket(v) if c in wide else f"{v[0]:.0f}" for c, v in row["accuracy"].items())
         out.append(line(name, tokens(*row["tokens"]), tokens(*row["tokens_easy"]), *cells))
     out += ["", "Differences on the scenes, in points:", "", *head("", *BUDGETS)]
-    out += [line(label, *(bracket(v, "+") for v in pair.values())) for label, pair in results["pairs"].items()]
+    out += [
+        line(label, *(bracket(v, "+") for v in pair.values()))
+        for label, pair in results["pairs"].items()
+    ]
     thirds = results["thirds"]
-    out += ["", "Scenes in thirds by JPEG bytes per pixel, tokens and right answers in %:", "", *head("", *thirds)]
+    out += [
+        "",
+        "Scenes in thirds by JPEG bytes per pixel, tokens and right answers in %:",
+        "",
+        *head("", *thirds),
+    ]
     for name in next(iter(thirds.values())):
         cells = (third[name] for third in thirds.values())
-        out.append(line(name, *(f"{tokens(*c['tokens'])}: {bracket(c['accuracy'])}" for c in cells)))
+        out.append(
+            line(name, *(f"{tokens(*c['tokens'])}: {bracket(c['accuracy'])}" for c in cells))
+        )
     found = ", ".join(f"{value:.2f} at {budget}" for budget, value in results["spearman"].items())
-    return "\n".join([*out, "", f"Spearman correlation of DToMe's tokens with JPEG bytes per pixel: {found}."])
+    return "\n".join(
+        [*out, "", f"Spearman correlation of DToMe's tokens with JPEG bytes per pixel: {found}."]
+    )
 
 
 # ---- the command ----
@@ -229,29 +299,57 @@ def measure(a: argparse.Namespace) -> dict:
         rows = all_settings(folder, pool)
         for picture in pool.map(functools.partial(examine, folder, rows), [*scenes, *easy]):
             found.append(picture)
-            print(f"\r{len(found)} of {len(scenes) + len(easy)} pictures", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{len(found)} of {len(scenes) + len(easy)} pictures",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
     print(file=sys.stderr)
-    results = dict(date=datetime.date.today().isoformat(), model=folder.resolve().name, first_seed=first)
-    results |= dict(weights_sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
+    results = dict(
+        date=datetime.date.today().isoformat(), model=folder.resolve().name, first_seed=first
+    )
+    results |= dict(
+        weights_sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    )
     results |= dict(pictures={"scenes": len(scenes), "easy-VQA": len(easy)})
-    results |= dict(threshold_scenes=THRESHOLD_SCENES, blind_scenes=BLIND_SCENES, resamples=RESAMPLES)
+    results |= dict(
+        threshold_scenes=THRESHOLD_SCENES, blind_scenes=BLIND_SCENES, resamples=RESAMPLES
+    )
     cpu = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    results |= dict(machine=cpu, processes=a.processes, threads_per_process=1, python=platform.python_version())
+    results |= dict(
+        machine=cpu, processes=a.processes, threads_per_process=1, python=platform.python_version()
+    )
     results |= {package: version(package) for package in ("torch", "pillow", "easy-vqa")}
-    results |= dict(settings={name: dataclasses.asdict(settings) for name, settings in rows.items()})
+    results |= dict(settings={name: written(settings) for name, settings in rows.items()})
     results |= summarise(found[: len(scenes)], found[len(scenes) :], list(rows))
     return results | dict(seconds=round(time.perf_counter() - start))
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m lab.ablate", description="Measures the ablations of the README.")
+    p = argparse.ArgumentParser(
+        prog="python -m lab.ablate", description="Measures the ablations of the README."
+    )
     p.add_argument("--model", default="tiny", help="folder of the checkpoint (%(default)s)")
-    p.add_argument("--n", type=int, default=100, help="scenes, and half as many easy-VQA pictures (%(default)s)")
-    p.add_argument("--full", action="store_true", help="1000 scenes and all 1000 easy-VQA test pictures")
+    p.add_argument(
+        "--n",
+        type=int,
+        default=100,
+        help="scenes, and half as many easy-VQA pictures (%(default)s)",
+    )
+    p.add_argument(
+        "--full", action="store_true", help="1000 scenes and all 1000 easy-VQA test pictures"
+    )
     p.add_argument("--seed", type=int, default=0, help="of the held-out scenes (%(default)s)")
-    p.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each (%(default)s)")
-    p.add_argument("--save", type=Path, default=Path("lab/ablate.json"), help="the JSON file (%(default)s)")
-    p.add_argument("--render", action="store_true", help="measure nothing, print the tables of the JSON file")
+    p.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="of one thread each (%(default)s)"
+    )
+    p.add_argument(
+        "--save", type=Path, default=Path("lab/ablate.json"), help="the JSON file (%(default)s)"
+    )
+    p.add_argument(
+        "--render", action="store_true", help="measure nothing, print the tables of the JSON file"
+    )
     a = p.parse_args()
     try:
         if a.n < 12 or a.processes < 1 or a.seed < 0:

@@ -32,26 +32,53 @@ from unittest import mock
 import torch
 from PIL import Image
 
-import model
-from budgets import merges
-from config import TextConfig, one_line, read_json
+import dymu
 from dymu import DyMU, attention, rotate, vtu_attention
+from extras.decoding import prefill_expanded
+from extras.door import choose_device, choose_dtype, one_line, read_json
+from extras.sampled import spread as queries
+from extras.thresholds import merges
 from lab.tables import head, line, save
-from load import KEYS, Processor, choose_device, choose_dtype
-from model import Llava, rope_table
+from load import KEYS, Processor
+from model import KVCache, Llava, TextConfig, rope_table
 
-SIZES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 SHAPES = {  # the sizes of CLIP's vision tower (at 336 pixels, in patches of 14), and of Llama
     "tiny-llava": ((1024, 4096, 24, 16), (2048, 5632, 22, 32, 4)),
     "llava-1.5-7b": ((1024, 4096, 24, 16), (4096, 11008, 32, 32, 32)),
     "smoke": ((64, 128, 8, 4), (256, 512, 2, 8, 2)),  # seconds, to see that it runs
 }
 LONG = dict(heads=32, head_dim=128, N=2880, N_un=450)
-IMAGE, TEXT, STEPS, PHOTO = 32000, 40, 5, (1280, 960)  # image token; tokens of text, tokens decoded; picture
-BUDGETS, ORDER = ("full", "high", "mid", "low"), ("full", "mid", "low", "high")  # as shown; as run, A before each two
-VTU = {"all": {}, "1": dict(queries=1), "2": dict(queries=2), "off": dict(vtu=False)}
-STAGES = {"encoder": "encoder", "prefill": "prefill", "decode": "decode, per token", "first": "first token"}
-TABLE_1 = {"full": (576, 1359.0), "high": (394, 1272.0), "mid": (195, 311.5), "low": (89, 64.9)}  # as the paper prints
+IMAGE, TEXT, STEPS, PHOTO = (
+    32000,
+    40,
+    5,
+    (1280, 960),
+)  # image token; tokens of text, tokens decoded; picture
+BUDGETS, ORDER = (
+    ("full", "high", "mid", "low"),
+    ("full", "mid", "low", "high"),
+)  # as shown; as run, A before each two
+VTU = {way: dict(queries=queries(int(way))) for way in "12"}
+VTU = {"all": {}, **VTU, "off": dict(vtu=False)}
+STAGES = {
+    "encoder": "encoder",
+    "prefill": "prefill",
+    "decode": "decode, per token",
+    "first": "first token",
+}
+TABLE_1 = {
+    "full": (576, 1359.0),
+    "high": (394, 1272.0),
+    "mid": (195, 311.5),
+    "low": (89, 64.9),
+}  # as the paper prints
 
 
 # ---- two models, one set of weights ----
@@ -59,20 +86,29 @@ TABLE_1 = {"full": (576, 1359.0), "high": (394, 1272.0), "mid": (195, 311.5), "l
 
 def build(a, device, dtype):
     """transformers' model with random weights, ours with the very same tensors, and the processor."""
-    from tokenizers import Tokenizer, models  # here and below, because to print the tables one needs no transformers
+    from tokenizers import (  # here and below, because to print the tables one needs no transformers
+        Tokenizer,
+        models,
+    )
     from transformers import LlavaConfig, LlavaForConditionalGeneration
     from transformers.initialization import no_init_weights
 
     vision, text = (dict(zip(SIZES, sizes)) for sizes in SHAPES[a.shape])
     vision |= dict(model_type="clip_vision_model", image_size=336, patch_size=14)
-    text |= dict(model_type="llama", vocab_size=32064) | (dict(num_hidden_layers=a.layers) if a.layers else {})
+    text |= dict(model_type="llama", vocab_size=32064) | (
+        dict(num_hidden_layers=a.layers) if a.layers else {}
+    )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     with no_init_weights(), torch.device(device):
-        theirs = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        theirs = LlavaForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
     tensors = {}
     for key, tensor in theirs.eval().requires_grad_(False).state_dict().items():
         if tensor.ndim > 1:
-            bound = (3 / tensor[0].numel()) ** 0.5  # so that the variance is one over the number of inputs
+            bound = (
+                3 / tensor[0].numel()
+            ) ** 0.5  # so that the variance is one over the number of inputs
             tensor.uniform_(-bound, bound)
         else:
             tensor.fill_("norm" in key and key.endswith("weight"))
@@ -86,24 +122,34 @@ def build(a, device, dtype):
     with torch.device("meta"):
         ours = Llava(processor.config).eval().requires_grad_(False)
     ours.load_state_dict({name: tensors[name] for name in ours.state_dict()}, assign=True)
-    assert all(t.data_ptr() == tensors[name].data_ptr() for name, t in ours.state_dict().items()), "a tensor was copied"
+    assert all(t.data_ptr() == tensors[name].data_ptr() for name, t in ours.state_dict().items()), (
+        "a tensor was copied"
+    )
     return ours, theirs, processor
 
 
 def stream_ours(ours, ids, visual, settings, expand=False):
     """Prefills; then yields the cache after each token, once that token is known on the host."""
     rows, token_at = ours.splice(ids, visual, settings.vtu)
-    cache = ours.new_cache(len(rows) + 1 + STEPS)
-    for _ in ours.decode(rows, token_at, cache, settings.queries, max_new_tokens=1 + STEPS, eos=(), expand=expand):
+    cache = KVCache()
+    if expand:
+        rows, token_at = prefill_expanded(ours, rows, token_at, cache, settings.queries)
+    options = dict(max_new_tokens=1 + STEPS, eos=())
+    for _ in ours.decode(rows, token_at, cache, settings.queries, **options):
         yield cache
 
 
 def stream_theirs(theirs, ids, visual):
     from transformers import DynamicCache
 
-    cache, embeds = DynamicCache(config=theirs.config.get_text_config()), theirs.get_input_embeddings()(ids)
+    cache, embeds = (
+        DynamicCache(config=theirs.config.get_text_config()),
+        theirs.get_input_embeddings()(ids),
+    )
     given = dict(inputs_embeds=embeds.masked_scatter((ids == IMAGE)[..., None], visual[0]))
-    last = torch.tensor([-1], device=ids.device)  # as an index, which is faster: after the slice that logits_to_keep=1
+    last = torch.tensor(
+        [-1], device=ids.device
+    )  # as an index, which is faster: after the slice that logits_to_keep=1
     while True:  # takes, as in generate, a matmul on CPU copies the weights of the whole head
         logits = theirs(**given, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
         token = int(logits[0, -1].argmax())
@@ -118,10 +164,16 @@ def ask(watch, pixels, encode, streams):
     for name, start in streams.items():
         stream = start(visual)
         cache, prefill = watch(stream.__next__)
-        held = cache.bytes if hasattr(cache, "bytes") else sum(c.keys.nbytes + c.values.nbytes for c in cache.layers)
+        held = (
+            cache.bytes
+            if hasattr(cache, "bytes")
+            else sum(c.keys.nbytes + c.values.nbytes for c in cache.layers)
+        )
         decode = [watch(stream.__next__)[1] for _ in range(STEPS)]
         stages = dict(preprocess=preprocess, encoder=encoder, prefill=prefill, decode=decode)
-        rows = visual[0][0] if isinstance(visual[0], tuple) else visual[0]  # ours come with their map
+        rows = (
+            visual[0][0] if isinstance(visual[0], tuple) else visual[0]
+        )  # ours come with their map
         yield name, dict(stages, rows=len(rows), cache=held)
 
 
@@ -149,10 +201,15 @@ def peak_on(device):
         status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
         if device.type != "cpu" or not reset.exists():
             return run(), None
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # memory freed before must not be there to be used again
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(
+            0
+        )  # memory freed before must not be there to be used again
         reset.write_text("5")  # the peak starts anew
         before, out = status.read_text(), run()
-        most, least = re.search(r"VmHWM:\s+(\d+)", status.read_text()), re.search(r"VmRSS:\s+(\d+)", before)
+        most, least = (
+            re.search(r"VmHWM:\s+(\d+)", status.read_text()),
+            re.search(r"VmRSS:\s+(\d+)", before),
+        )
         return out, 1024 * (int(most[1]) - int(least[1]))
 
     return peak
@@ -170,8 +227,11 @@ def matching_share(encode) -> float:
 
         return call
 
-    functions = dict(match=clocked(model.match), merge=clocked(model.merge))
-    with mock.patch.multiple(model, **functions), mock.patch.object(DyMU, "edges", clocked(DyMU.edges)):
+    functions = {name: clocked(getattr(dymu, name)) for name in ("cosine", "match", "merge")}
+    with (
+        mock.patch.multiple(dymu, **functions),
+        mock.patch.object(DyMU, "choose", clocked(DyMU.choose)),
+    ):
         _, seconds = timed(encode)
     return sum(spent) / seconds
 
@@ -184,11 +244,19 @@ def measure(a, device, dtype) -> dict:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     ours, theirs, processor = build(a, device, dtype)
-    config, c, side = processor.config, processor.config.text_config, processor.config.vision_config.image_size
-    clip = CLIPImageProcessorPil(size=dict(shortest_edge=side), crop_size=dict(height=side, width=side))
+    config, c, side = (
+        processor.config,
+        processor.config.text_config,
+        processor.config.vision_config.image_size,
+    )
+    clip = CLIPImageProcessorPil(
+        size=dict(shortest_edge=side), crop_size=dict(height=side, width=side)
+    )
     photo = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(3 * 40 * 30)).resize(PHOTO)
     N, text = config.visual_tokens, torch.randint(3, IMAGE, (TEXT,))
-    ids, their_ids = (torch.cat((text[:5], torch.full((n,), IMAGE), text[5:])).to(device) for n in (1, N))
+    ids, their_ids = (
+        torch.cat((text[:5], torch.full((n,), IMAGE), text[5:])).to(device) for n in (1, N)
+    )
     their_ids = their_ids[None]
 
     def their_pixels():
@@ -198,7 +266,12 @@ def measure(a, device, dtype) -> dict:
         return theirs.get_image_features(pixel_values=pixels.to(device, dtype)).pooler_output
 
     def ask_theirs(watch):
-        return ask(watch, their_pixels, their_encode, {"transformers": lambda x: stream_theirs(theirs, their_ids, x)})
+        return ask(
+            watch,
+            their_pixels,
+            their_encode,
+            {"transformers": lambda x: stream_theirs(theirs, their_ids, x)},
+        )
 
     def ask_ours(watch, budget):
         merging, streams = merging_at[budget], {}
@@ -207,19 +280,32 @@ def measure(a, device, dtype) -> dict:
             name = f"{budget}, `{way}`" if merging else budget
             streams[name] = lambda x, s=settings: stream_ours(ours, ids, x, s)
         if budget == "low":  # what the small cache costs per token
-            streams["low, `all`, expanded cache"] = lambda x: stream_ours(ours, ids, x, DyMU(**merging), expand=True)
-        return ask(watch, lambda: processor.image(photo), lambda x: ours.encode(x, DyMU(**merging)), streams)
+            streams["low, `all`, expanded cache"] = lambda x: stream_ours(
+                ours, ids, x, DyMU(**merging), expand=True
+            )
+        return ask(
+            watch,
+            lambda: processor.image(photo),
+            lambda x: ours.encode(x, DyMU(**merging)),
+            streams,
+        )
 
     # Is it the same function of the same input? This warms up, too.
     pixels, there = processor.image(photo), their_pixels()
     difference = float((pixels - there[0]).abs().max())
-    there = theirs(input_ids=their_ids, pixel_values=there.to(device, dtype), logits_to_keep=1).logits[0, -1].float()
-    here = ours.logits(*ours.splice(ids, ours.encode(pixels)))[-1].float()
+    there = (
+        theirs(input_ids=their_ids, pixel_values=there.to(device, dtype), logits_to_keep=1)
+        .logits[0, -1]
+        .float()
+    )
+    here = ours(ids, pixels)[-1].float()
     agreement = float(torch.corrcoef(torch.stack((here, there)))[0, 1])
     assert difference < 1e-4 and agreement > 0.9, (difference, agreement)
 
     merging_at = {b: {} if b == "full" else dict(r=merges(b, config)) for b in BUDGETS}
-    ours.encode(pixels, DyMU(**merging_at["low"]))  # what a first call keeps for good is no stage's peak
+    ours.encode(
+        pixels, DyMU(**merging_at["low"])
+    )  # what a first call keeps for good is no stage's peak
     order, share, first, runs = [b for b in ORDER if b in a.tokens], [], {}, {"transformers": []}
     for i in range(-1, a.repeats):  # the first round is the warm-up
         watch = timed if i >= 0 else peak_on(device)
@@ -238,11 +324,27 @@ def measure(a, device, dtype) -> dict:
                 share.append(matching_share(lambda: ours.encode(pixels, DyMU(**merging_at["low"]))))
     print(file=sys.stderr)
     names = ["transformers", *(name for b in BUDGETS for name in runs if name.split(",")[0] == b)]
-    read = sum(t.nbytes for part in (ours.language_model.layers, ours.lm_head) for t in part.state_dict().values())
-    results = dict(vision=vars(config.vision_config), text=vars(c), visual_tokens=N, text_tokens=TEXT, photo=PHOTO)
-    results |= dict(weight_bytes=sum(t.nbytes for t in ours.state_dict().values()), read_per_token=read)
-    results |= dict(cache_per_row=2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize)
-    results |= dict(pixel_difference=difference, logit_correlation=agreement, matching_share_at_low=share)
+    read = sum(
+        t.nbytes
+        for part in (ours.language_model.layers, ours.lm_head)
+        for t in part.state_dict().values()
+    )
+    results = dict(
+        vision=vars(config.vision_config),
+        text=vars(c),
+        visual_tokens=N,
+        text_tokens=TEXT,
+        photo=PHOTO,
+    )
+    results |= dict(
+        weight_bytes=sum(t.nbytes for t in ours.state_dict().values()), read_per_token=read
+    )
+    results |= dict(
+        cache_per_row=2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+    )
+    results |= dict(
+        pixel_difference=difference, logit_correlation=agreement, matching_share_at_low=share
+    )
     return results | dict(peak_bytes={n: first[n] for n in names}, runs={n: runs[n] for n in names})
 
 
@@ -250,13 +352,24 @@ def measure(a, device, dtype) -> dict:
 def measure_long(a, device, dtype) -> dict:
     """One layer's causal attention over N visual tokens, and over N_un that stand for N positions."""
     H, d, N, N_un = LONG.values()
-    cos, sin = (t.to(dtype) for t in rope_table(N, TextConfig(hidden_size=H * d, num_attention_heads=H), device))
+    cos, sin = (
+        t.to(dtype)
+        for t in rope_table(N, TextConfig(hidden_size=H * d, num_attention_heads=H), device)
+    )
     q, k, v = torch.randn(3, H, N, d).to(device, dtype)
-    token_at = torch.cat((torch.arange(N_un), torch.randint(N_un, (N - N_un,))))[torch.randperm(N)].to(device)
+    token_at = torch.cat((torch.arange(N_un), torch.randint(N_un, (N - N_un,))))[
+        torch.randperm(N)
+    ].to(device)
     few = *(t[:, :N_un].contiguous() for t in (q, k, v)), token_at, cos, sin
-    ways = {"full length": lambda: attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=True)}
-    ways |= {way: lambda s=s: vtu_attention(*few, queries=s) for way, s in (("`all`", None), ("`2`", 2), ("`1`", 1))}
-    runs = [[timed(run)[1] for run in ways.values()] for _ in range(1 + a.repeats)][1:]  # the first is the warm-up
+    ways = {
+        "full length": lambda: attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=True)
+    }
+    everywhere = torch.arange(N, device=device)
+    sampled = {"`all`": lambda _: everywhere, "`2`": queries(2), "`1`": queries(1)}
+    ways |= {way: lambda s=s: vtu_attention(*few, s(token_at)) for way, s in sampled.items()}
+    runs = [[timed(run)[1] for run in ways.values()] for _ in range(1 + a.repeats)][
+        1:
+    ]  # the first is the warm-up
     return dict(LONG, runs=dict(zip(ways, zip(*runs))))
 
 
@@ -278,17 +391,29 @@ def ratios(a, b) -> str:
 def counts() -> list[str]:
     """Table 1 of the paper, attention in one layer of the 7B shape, beside what is really computed."""
     c, N, out = TextConfig(), TABLE_1["full"][0], []
-    D, columns = c.hidden_size, (*(f"attention, `{way}`" for way in VTU), "layer, `all`", "layer, `1`", "layer, `off`")
+    D, columns = (
+        c.hidden_size,
+        (*(f"attention, `{way}`" for way in VTU), "layer, `all`", "layer, `1`", "layer, `off`"),
+    )
     for budget, (rows, printed) in TABLE_1.items():
         work = [(1 if budget == "full" else 2) * rows * rows * D]
         for way in VTU:
             q = rows if way == "off" else N if way == "all" else min(int(way) * rows, N)
             k = rows if way == "off" else N
             remerge = q * D if q > rows else 0
-            work.append(2 * q * k * D + 2 * (q + k) * D + remerge)  # QK^T and AV; RoPE; the average of Eq. 11
+            work.append(
+                2 * q * k * D + 2 * (q + k) * D + remerge
+            )  # QK^T and AV; RoPE; the average of Eq. 11
         linear = rows * (4 * D * D + 3 * D * c.intermediate_size)
         cells = *work, *(linear + work[i] for i in (1, 2, 4))
-        out.append(line(budget, str(rows), f"{printed:.1f}", *(f"{x / 1e6:.{int(x < 1e10)}f}" for x in cells)))
+        out.append(
+            line(
+                budget,
+                str(rows),
+                f"{printed:.1f}",
+                *(f"{x / 1e6:.{int(x < 1e10)}f}" for x in cells),
+            )
+        )
     return [*head("", "tokens", "printed", "its formula", *columns), *out]
 
 
@@ -302,22 +427,35 @@ def table(results: dict) -> str:
         out = [f"Attention of one layer, {what}; {by}. {unit}; ratios pair by pair.", ""]
         out += head("queries per token", "time", "full length / this", "`all` / this")
         full, every = runs["full length"], runs["`all`"]
-        out += [line(way, spread(t, 1000), ratios(full, t), ratios(every, t)) for way, t in runs.items()]
+        out += [
+            line(way, spread(t, 1000), ratios(full, t), ratios(every, t)) for way, t in runs.items()
+        ]
         return "\n".join(out)
 
     def of(name, stage):
-        return [statistics.median(t) if isinstance(t := run[stage], list) else t for run in runs[name]]
+        return [
+            statistics.median(t) if isinstance(t := run[stage], list) else t for run in runs[name]
+        ]
 
     def faster(name, stage):
         theirs = of("transformers", stage)
         return ratios([theirs[run["pair"]] for run in runs[name]], of(name, stage))
 
     def memory(name):
-        if "expanded" in name:  # what is measured is before the expansion, which makes it as large as at full length
+        if (
+            "expanded" in name
+        ):  # what is measured is before the expansion, which makes it as large as at full length
             return "-", "-", "-"
         one = r["peak_bytes"][name]
-        cache, peaks = one["cache"], (one["preprocess"], one["encoder"], one["prefill"], *one["decode"])
-        cells = cache, cache - r["text_tokens"] * r["cache_per_row"], None if None in peaks else max(peaks)
+        cache, peaks = (
+            one["cache"],
+            (one["preprocess"], one["encoder"], one["prefill"], *one["decode"]),
+        )
+        cells = (
+            cache,
+            cache - r["text_tokens"] * r["cache_per_row"],
+            None if None in peaks else max(peaks),
+        )
         return ("?" if cell is None else number(cell / 2**20) for cell in cells)
 
     v, t, ours = r["vision"], r["text"], [name for name in runs if name != "transformers"]
@@ -329,7 +467,10 @@ def table(results: dict) -> str:
         "encoder and prefill.",
         "",
         *head("tokens, `--vtu`", "visual rows", *STAGES.values()),
-        *(line(n, str(runs[n][0]["rows"]), *(spread(of(n, stage), 1000) for stage in STAGES)) for n in runs),
+        *(
+            line(n, str(runs[n][0]["rows"]), *(spread(of(n, stage), 1000) for stage in STAGES))
+            for n in runs
+        ),
         "",
         "How many times as fast as transformers, pair by pair. Memory in MiB; peak: the most that any one stage takes "
         "beyond what was held before it.",
@@ -338,20 +479,31 @@ def table(results: dict) -> str:
         line("transformers", *"1" * len(STAGES), *memory("transformers")),
         *(line(n, *(faster(n, stage) for stage in STAGES), *memory(n)) for n in ours),
     ]
-    times = spread(of("transformers", "preprocess"), 1000), spread([t for n in ours for t in of(n, "preprocess")], 1000)
+    times = (
+        spread(of("transformers", "preprocess"), 1000),
+        spread([t for n in ours for t in of(n, "preprocess")], 1000),
+    )
     notes = [
         "",
-        "- Preprocessing of a {} x {} photo: transformers {} ms, ours {} ms.".format(*r["photo"], *times),
+        "- Preprocessing of a {} x {} photo: transformers {} ms, ours {} ms.".format(
+            *r["photo"], *times
+        ),
         f"- At full length the logits of both correlate to {r['logit_correlation']:.5f}.",
     ]
     if "full" in runs:
         firsts = {n.split(",")[0]: n for n in ours if n != "full"}
         own = (f"{b} {ratios(of('full', 'encoder'), of(n, 'encoder'))}" for b, n in firsts.items())
-        notes.append(f"- Our encoder against itself at full length: {', '.join(own)} times as fast.")
+        notes.append(
+            f"- Our encoder against itself at full length: {', '.join(own)} times as fast."
+        )
         rate = [r["read_per_token"] / seconds / 1e9 for seconds in of("full", "decode")]
-        notes.append(f"- A decoded token reads {r['read_per_token'] / 1e9:.3g} GB of weights: {spread(rate)} GB/s.")
+        notes.append(
+            f"- A decoded token reads {r['read_per_token'] / 1e9:.3g} GB of weights: {spread(rate)} GB/s."
+        )
     if share := r["matching_share_at_low"]:
-        notes.append(f"- Matching and merging take {spread(share, 100)} % of our encoder's time at low.")
+        notes.append(
+            f"- Matching and merging take {spread(share, 100)} % of our encoder's time at low."
+        )
     paper = (
         "Table 1 of the paper counts attention in one layer (D = 4096) in millions of multiply-adds: N² D at full "
         "length, 2 N_un² D with VTU. Beside it, per `--vtu`, what is computed: QKᵀ and AV with the N virtual keys, "
@@ -374,17 +526,25 @@ def machine(device) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m lab.bench", description="Measures the speed tables of the README.")
+    p = argparse.ArgumentParser(
+        prog="python -m lab.bench", description="Measures the speed tables of the README."
+    )
     p.add_argument("--shape", default="tiny-llava", choices=(*SHAPES, "long"), help="(%(default)s)")
     p.add_argument("--layers", type=int, default=0, metavar="K", help="only so many decoder layers")
     p.add_argument("--tokens", nargs="+", default=BUDGETS, choices=BUDGETS, help="(all four)")
     p.add_argument("--vtu", nargs="+", default=tuple(VTU), choices=VTU, help="(all four)")
     p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
-    p.add_argument("--dtype", help="(bfloat16 where the device does that well, else float32 or float16)")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (%(default)s)")
+    p.add_argument(
+        "--dtype", help="(bfloat16 where the device does that well, else float32 or float16)"
+    )
+    p.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (%(default)s)"
+    )
     p.add_argument("--repeats", type=int, default=3, help="rounds (%(default)s)")
     p.add_argument("--save", type=Path, metavar="FILE", help="the JSON file (lab/bench-NAME.json)")
-    p.add_argument("--render", action="store_true", help="measure nothing, print the tables of the JSON file")
+    p.add_argument(
+        "--render", action="store_true", help="measure nothing, print the tables of the JSON file"
+    )
     a = p.parse_args()
     try:
         device = choose_device(a.device)
@@ -392,16 +552,25 @@ def main() -> None:
         if min(a.repeats, a.threads, a.layers + 1) < 1:
             raise ValueError("--repeats and --threads must be at least 1, --layers at least 0")
         name = a.shape, f"{a.layers}-layers" * bool(a.layers), device.type * (device.type != "cpu")
-        path = a.save or Path(__file__).with_name("-".join(filter(None, ("bench", *name))) + ".json")
+        path = a.save or Path(__file__).with_name(
+            "-".join(filter(None, ("bench", *name))) + ".json"
+        )
         if not (path.is_file() if a.render else path.parent.is_dir()):
             raise ValueError(f"there is no {path if a.render else path.parent}")
         if not a.render:
             torch.set_num_threads(a.threads)
             torch.manual_seed(0)
-            start, results = time.perf_counter(), dict(shape=a.shape, date=datetime.date.today().isoformat())
-            results |= dict(machine=machine(device), cores=os.cpu_count(), threads=a.threads, device=device.type)
+            start, results = (
+                time.perf_counter(),
+                dict(shape=a.shape, date=datetime.date.today().isoformat()),
+            )
+            results |= dict(
+                machine=machine(device), cores=os.cpu_count(), threads=a.threads, device=device.type
+            )
             results |= dict(dtype=str(dtype).removeprefix("torch."), repeats=a.repeats)
-            results |= {package: version(package) for package in ("torch", "transformers", "pillow")}
+            results |= {
+                package: version(package) for package in ("torch", "transformers", "pillow")
+            }
             results |= (measure_long if a.shape == "long" else measure)(a, device, dtype)
             results |= dict(seconds=round(time.perf_counter() - start))
             save(results, path, depth=1)

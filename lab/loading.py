@@ -17,14 +17,18 @@ from pathlib import Path
 
 import torch
 
-from config import read_config
+from extras.families import read_config
 from load import load_model
 from model import Llava
 
 
 def write_checkpoint(folder: Path) -> None:
     text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
-    config = {"model_type": "llava", "torch_dtype": "float16", "text_config": text}  # else transformers' defaults
+    config = {
+        "model_type": "llava",
+        "torch_dtype": "float16",
+        "text_config": text,
+    }  # else transformers' defaults
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         write_tensors(folder / "model.safetensors", Llava(read_config(folder)).state_dict())
@@ -44,7 +48,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def peak() -> float:
     """GiB of resident memory, at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
 def measure(folder: Path, dtype: str) -> None:
@@ -54,7 +60,9 @@ def measure(folder: Path, dtype: str) -> None:
     for p in parameters:
         p.view(-1)[::2048].sum()  # 4 KiB of two-byte numbers are a page
     weights = sum(p.numel() * p.element_size() for p in parameters) / 2**30
-    print(f"{dtype}: weights {weights:.2f} GiB, peak {before:.2f} -> {peak():.2f} GiB, loaded in {seconds:.1f} s")
+    print(
+        f"{dtype}: weights {weights:.2f} GiB, peak {before:.2f} -> {peak():.2f} GiB, loaded in {seconds:.1f} s"
+    )
 
 
 if __name__ == "__main__":
@@ -67,4 +75,6 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder))
             for dtype in ("float16", "bfloat16"):
-                subprocess.run([sys.executable, "-m", "lab.loading", "--one", folder, dtype], check=True)
+                subprocess.run(
+                    [sys.executable, "-m", "lab.loading", "--one", folder, dtype], check=True
+                )

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from demo import whole
+from extras.door import whole
 
 
 def line(*cells) -> str:
@@ -18,7 +18,11 @@ def dump(results, depth: int) -> str:
     """JSON with a line for each key down to that depth, so that a difference between two files shows where it is."""
     if depth == 0 or not isinstance(results, dict):
         return json.dumps(results)
-    return "{\n" + ",\n".join(f"{json.dumps(k)}: {dump(v, depth - 1)}" for k, v in results.items()) + "\n}"
+    return (
+        "{\n"
+        + ",\n".join(f"{json.dumps(k)}: {dump(v, depth - 1)}" for k, v in results.items())
+        + "\n}"
+    )
 
 
 def save(results: dict, path: Path, depth: int) -> None:

@@ -89,14 +89,18 @@ def build_tokenizer():
     lines += [vary(rng, line) for line in lines + easy_vqa.get_train_questions()[0][:4000]]
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=768, special_tokens=["<pad>", "<s>", "</s>", "<image>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(lines, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return tokenizer
 
 
@@ -112,7 +116,10 @@ def build_processor(tokenizer):
         additional_special_tokens=["<image>"], model_max_length=1024, padding_side="left",
     )  # fmt: skip
     pictures = CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=MEAN,
+        image_std=STD,
     )
     template = (  # llava-1.5-hf's own
         "{% for message in messages %}"
@@ -149,15 +156,21 @@ def build_model(tokenizer):
     )  # fmt: skip
     model.generation_config = GenerationConfig(max_new_tokens=64, **ids)
     for name, p in model.named_parameters():
-        if p.dim() == 2 and "embed" not in name:  # branches start small: at first the stream is the embedding
-            quiet = name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight"))
+        if (
+            p.dim() == 2 and "embed" not in name
+        ):  # branches start small: at first the stream is the embedding
+            quiet = name.endswith(
+                ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+            )
             nn.init.normal_(p, std=(0.2 if quiet else 1) / math.sqrt(p.shape[1]))
     tower = model.model.vision_tower
     nn.init.normal_(tower.embeddings.patch_embedding.weight, std=1 / math.sqrt(3 * PATCH**2))
     nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.5)
     nn.init.normal_(model.lm_head.weight, std=0.02)
     place = torch.arange(GRID)[:, None] * 100.0 ** (-torch.arange(WIDTH // 4) / (WIDTH // 4))
-    wave = torch.cat([place.sin(), place.cos()], 1)  # (16, 64): learned positions start as waves, columns then rows
+    wave = torch.cat(
+        [place.sin(), place.cos()], 1
+    )  # (16, 64): learned positions start as waves, columns then rows
     waves = torch.cat([wave.repeat(GRID, 1), wave.repeat_interleave(GRID, 0)], 1)
     tower.embeddings.position_embedding.weight.data[1:] = waves * 0.7
     return model
@@ -168,13 +181,17 @@ def save(model, processor, folder, facts):
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(fresh, state_dict={k: v.half().cpu() for k, v in model.state_dict().items()})
+    model.save_pretrained(
+        fresh, state_dict={k: v.half().cpu() for k, v in model.state_dict().items()}
+    )
     config = json.loads((fresh / "config.json").read_text())
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = "float32"
     (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     processor.save_pretrained(fresh)
-    processor.image_processor.save_pretrained(fresh)  # preprocessor_config.json, which older loaders read
+    processor.image_processor.save_pretrained(
+        fresh
+    )  # preprocessor_config.json, which older loaders read
     (fresh / "model.safetensors").chmod(0o644)
     (fresh / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     if (folder / "sample.png").exists():  # it stays; thresholds were those of other weights, and go
@@ -202,7 +219,9 @@ def scene_sample(seed, level=None, side=GRID, questions=10):
 
 def easy_sample(path, questions):
     """Nothing is known of its patches: kind -1."""
-    pixels = np.asarray(Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    pixels = np.asarray(
+        Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    )
     return pixels, np.arange(GRID**2), np.full((GRID**2, 6), -1, np.int16), [], questions
 
 
@@ -226,8 +245,15 @@ def collate(samples, tokenizer):
         t = 0
         for number, (kind, asked, told, pointed) in enumerate(row, 1):
             n = len(asked) + len(told) - 1
-            ids[b, t : t + n], segment[b, t : t + n], place[b, t : t + n] = asked + told[:-1], number, np.arange(n)
-            answers += [(b, t + len(asked) - 1 + i, target, kind, count, len(told)) for i, target in enumerate(told)]
+            ids[b, t : t + n], segment[b, t : t + n], place[b, t : t + n] = (
+                asked + told[:-1],
+                number,
+                np.arange(n),
+            )
+            answers += [
+                (b, t + len(asked) - 1 + i, target, kind, count, len(told))
+                for i, target in enumerate(told)
+            ]
             for name, column, x, y in pointed:
                 places[name].append((b, t + column, x, y))
             t, count = t + n, count + 1
@@ -305,26 +331,44 @@ def see(model, pixels, cells):
     position = tower.embeddings.position_embedding.weight
     first = (tower.embeddings.class_embedding + position[0]).expand(len(x), 1, -1)
     x = tower.pre_layrnorm(torch.cat([first, x + position[cells + 1]], 1))
-    for layer in tower.encoder.layers[:-1]:  # vision_feature_layer -2: the last block is never run, nor trained
+    for layer in tower.encoder.layers[
+        :-1
+    ]:  # vision_feature_layer -2: the last block is never run, nor trained
         x = layer(x, attention_mask=None)
     return x[:, 1:], model.model.multi_modal_projector(x[:, 1:])
 
 
 def decode(model, batch, tokens):
     """-> logits at the places in batch["answers"], and what the decoder holds at the places of each of POINTERS."""
-    language, (B, T), P, V = model.model.language_model, batch["ids"].shape, len(batch["prefix"]), tokens.shape[1]
+    language, (B, T), P, V = (
+        model.model.language_model,
+        batch["ids"].shape,
+        len(batch["prefix"]),
+        tokens.shape[1],
+    )
     before = batch["prefix"].expand(B, P)
     x = torch.cat([language.embed_tokens(before), tokens, language.embed_tokens(batch["ids"])], 1)
     position = torch.cat(
-        [torch.arange(P, device=x.device).expand(B, P), P + batch["cells"], P + GRID**2 + batch["place"]], 1
+        [
+            torch.arange(P, device=x.device).expand(B, P),
+            P + batch["cells"],
+            P + GRID**2 + batch["place"],
+        ],
+        1,
     )
     segment = torch.cat([batch["segment"].new_zeros(B, P + V), batch["segment"]], 1)
-    N = P + V + T  # a token sees what is not after it, if it is the picture's (or padding) or its own question's
+    N = (
+        P + V + T
+    )  # a token sees what is not after it, if it is the picture's (or padding) or its own question's
     sees = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
     sees = sees & torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
     mask = torch.zeros(B, 1, N, N, device=x.device).masked_fill_(~sees[:, None], float("-inf"))
     out = language(
-        inputs_embeds=x, attention_mask=mask, position_ids=position, use_cache=False, output_hidden_states=True
+        inputs_embeds=x,
+        attention_mask=mask,
+        position_ids=position,
+        use_cache=False,
+        output_hidden_states=True,
     )
 
     def at(x, places):
@@ -368,7 +412,9 @@ def accuracies(results):
     by_kind = defaultdict(list)
     for kind, right in results:
         by_kind[kind].append(right)
-    return {k: round(100 * sum(by_kind[k]) / len(by_kind[k]), 1) for k in EVERY_KIND if k in by_kind}
+    return {
+        k: round(100 * sum(by_kind[k]) / len(by_kind[k]), 1) for k in EVERY_KIND if k in by_kind
+    }
 
 
 # Training
@@ -377,19 +423,33 @@ def accuracies(results):
 def optimizers(model, heads):
     """Muon for the matrices of the blocks, AdamW for embeddings, heads, norms, biases -> [(optimizer, peak rate)]."""
     unused = {id(p) for p in model.model.vision_tower.encoder.layers[-1].parameters()}
-    named = [(n, p) for n, p in model.named_parameters() if id(p) not in unused and "post_layernorm" not in n]
+    named = [
+        (n, p)
+        for n, p in model.named_parameters()
+        if id(p) not in unused and "post_layernorm" not in n
+    ]
     inner = [p for n, p in named if p.dim() == 2 and ".layers." in n]
     chosen = {id(p) for p in inner}
     outer = [p for n, p in named if id(p) not in chosen] + list(heads.parameters())
-    muon = torch.optim.Muon(inner, lr=0, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return [(muon, 3e-3), (torch.optim.AdamW(outer, lr=0, betas=(0.9, 0.98), weight_decay=0.01), 2e-3)]
+    muon = torch.optim.Muon(
+        inner, lr=0, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    return [
+        (muon, 3e-3),
+        (torch.optim.AdamW(outer, lr=0, betas=(0.9, 0.98), weight_decay=0.01), 2e-3),
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "tiny")
     parser.add_argument("--run", type=Path, default=Path("run"), help="state and log, for resuming")
-    parser.add_argument("--minutes", type=float, default=90, help="of training; curriculum and learning rate follow it")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=90,
+        help="of training; curriculum and learning rate follow it",
+    )
     parser.add_argument("--seed", type=int, default=0, help="0 to 39")
     parser.add_argument("--eval-every", type=float, default=5, help="minutes")
     args = parser.parse_args()
@@ -399,7 +459,9 @@ def main():
 
     tokenizer = build_tokenizer()
     processor, model = build_processor(tokenizer), build_model(tokenizer).to(device)
-    heads = nn.ModuleList(nn.Linear(WIDTH, n) for n in [sum(LABELS.values()) + 2] * 2 + [2] * len(POINTERS)).to(device)
+    heads = nn.ModuleList(
+        nn.Linear(WIDTH, n) for n in [sum(LABELS.values()) + 2] * 2 + [2] * len(POINTERS)
+    ).to(device)
     trained = [*model.parameters(), *heads.parameters()]
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     rates = optimizers(model, heads)
@@ -419,14 +481,21 @@ def main():
     )  # fmt: skip
     held_out = [scene_sample(HELD_OUT + i) for i in range(150)]
     easy = [easy_sample(*e) for e in easy_list("test")]
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, vocabulary {tokenizer.get_vocab_size()}, {device}")
+    print(
+        f"{sum(p.numel() for p in model.parameters())} parameters, vocabulary {tokenizer.get_vocab_size()}, {device}"
+    )
 
     def measure(samples, **more):
         """Of the running average of the weights, which is what tiny/ gets."""
         live = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(average)
         found = accuracies(exact_answers(model, samples, tokenizer, device))
-        save(model, processor, args.out, {**state, "device": device, "seed": args.seed, "accuracy": found, **more})
+        save(
+            model,
+            processor,
+            args.out,
+            {**state, "device": device, "seed": args.seed, "accuracy": found, **more},
+        )
         model.load_state_dict(live)
         return found
 
@@ -442,7 +511,9 @@ def main():
                 group["lr"] = peak * min(1, (state["step"] + 1) / 100) * min(1, (1 - p) / 0.4)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             features, tokens = see(model, batch["pixels"], batch["cells"])
-            dense = sum(dense_loss(head(x), batch["labels"]) for head, x in zip(heads, (features, tokens)))
+            dense = sum(
+                dense_loss(head(x), batch["labels"]) for head, x in zip(heads, (features, tokens))
+            )
             loss = dense * (0.5 if p < 0.3 else 0.25)
             if p > DENSE_ONLY:
                 _, _, target, kind, _, length = batch["answers"].T
@@ -452,12 +523,16 @@ def main():
                 loss = loss + (each * weight).sum() / weight.sum()
                 for name, head, x in zip(POINTERS, heads[2:], held):
                     if len(x):
-                        off = F.smooth_l1_loss(head(x).float(), batch[name][:, 2:] / (2 * PATCH), beta=0.2)
+                        off = F.smooth_l1_loss(
+                            head(x).float(), batch[name][:, 2:] / (2 * PATCH), beta=0.2
+                        )
                         loss = loss + 0.5 * off
                         shown[name] += 0.05 * (off.item() - shown[name])
                 for k in range(len(EVERY_KIND)):
                     if (kind == k).any():
-                        shown[EVERY_KIND[k]] += 0.05 * (each[kind == k].mean().item() - shown[EVERY_KIND[k]])
+                        shown[EVERY_KIND[k]] += 0.05 * (
+                            each[kind == k].mean().item() - shown[EVERY_KIND[k]]
+                        )
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer, _ in rates:
@@ -481,13 +556,20 @@ def main():
             }  # fmt: skip
             torch.save(kept, args.run / "state.new")
             (args.run / "state.new").rename(args.run / "state.pt")
-            start, last_eval = time.time() - state["seconds"], time.time()  # measuring is not training
+            start, last_eval = (
+                time.time() - state["seconds"],
+                time.time(),
+            )  # measuring is not training
 
     everything = [scene_sample(HELD_OUT + i) for i in range(600)] + easy
-    seen = [q for i in range(5000) for q in scene(i).questions] + [q for _, qs in easy_list("train") for q in qs]
+    seen = [q for i in range(5000) for q in scene(i).questions] + [
+        q for _, qs in easy_list("train") for q in qs
+    ]
     blind = blind_guess(seen, [q for *_, questions in everything for q in questions])
     blind = {k: round(100 * blind[k], 1) for k in EVERY_KIND}
-    print(f"held out, exact answers in %: {measure(everything, blind_guess=blind)}\nthe best blind guess: {blind}")
+    print(
+        f"held out, exact answers in %: {measure(everything, blind_guess=blind)}\nthe best blind guess: {blind}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,25 @@
 """Small random checkpoints in Hugging Face's format, made by transformers: the tests' reference and their input."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers as hf
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 IMAGE, VOCAB = 259, 260  # <s> 0, </s> 1, <pad> 2, then the 256 bytes
 VIDEO = 260  # OneVision alone has it
+QUESTION = "What is in the picture?"
 LLAVA_15_TEMPLATE = (  # what llava-hf/llava-1.5-7b-hf ships
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -68,43 +76,87 @@ def tokenizer(special=("<image>",)) -> Tokenizer:
     vocab |= {c: 3 + i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     t = Tokenizer(models.BPE(vocab, []))
     t.add_special_tokens(["<s>", "</s>", "<pad>", *special])
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.pre_tokenizer, t.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert t.token_to_id("<image>") == IMAGE
     return t
 
 
-def make(folder: Path, family="llava", seed=0, template=LLAVA_15_TEMPLATE, vision=None, text=None, **llava) -> Path:
+def make(
+    folder: Path,
+    family="llava",
+    seed=0,
+    template=LLAVA_15_TEMPLATE,
+    vision=None,
+    text=None,
+    **llava,
+) -> Path:
     """Saves a LLaVA-1.5-shaped checkpoint, or one of another family: 4 vision and 3 text layers, and unless `vision` or
     `text` says otherwise CLIP on 56 x 56 pictures, 16 patches, and Llama. SigLIP has 7 x 7 patches of 8 pixels."""
     torch.manual_seed(seed)
-    siglip, onevision = "siglip" in (vision or {}).get("model_type", ""), family == "llava_onevision"
+    siglip, onevision = (
+        "siglip" in (vision or {}).get("model_type", ""),
+        family == "llava_onevision",
+    )
     vision = {
-        **dict(model_type="clip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=4),
+        **dict(
+            model_type="clip_vision_model",
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=4,
+        ),
         **dict(num_attention_heads=4, image_size=56, patch_size=8 if siglip else 14),
         **({} if siglip else dict(projection_dim=16)),
         **(vision or {}),
     }
     text = {
-        **dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4),
-        **dict(num_key_value_heads=2, vocab_size=VOCAB + onevision, bos_token_id=0, eos_token_id=1, pad_token_id=2),
+        **dict(
+            model_type="llama",
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+        ),
+        **dict(
+            num_key_value_heads=2,
+            vocab_size=VOCAB + onevision,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        ),
         **(text or {}),
     }
     if onevision:
         llava["video_token_index"] = VIDEO
     config_class, model_class = CLASSES[family]
-    model = model_class(config_class(vision_config=vision, text_config=text, image_token_index=IMAGE, **llava)).eval()
-    with torch.no_grad():  # wider than transformers' initial 0.02, so that a mistake anywhere shows in the logits
+    model = model_class(
+        config_class(vision_config=vision, text_config=text, image_token_index=IMAGE, **llava)
+    ).eval()
+    with (
+        torch.no_grad()
+    ):  # wider than transformers' initial 0.02, so that a mistake anywhere shows in the logits
         for name, p in model.named_parameters():
             p.copy_(
-                torch.randn_like(p) * (0.3 if "norm" in name or p.ndim == 1 else p.shape[-1] ** -0.5) + ("norm" in name)
+                torch.randn_like(p)
+                * (0.3 if "norm" in name or p.ndim == 1 else p.shape[-1] ** -0.5)
+                + ("norm" in name)
             )
     model.save_pretrained(folder)
     side = vision["image_size"]
-    square, grids = {"height": side, "width": side}, dict(image_grid_pinpoints=llava.get("image_grid_pinpoints"))
+    square, grids = (
+        {"height": side, "width": side},
+        dict(image_grid_pinpoints=llava.get("image_grid_pinpoints")),
+    )
     words = tokenizer(("<image>", "<video>") if onevision else ("<image>",))
     words = hf.PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", image_token="<image>"
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        image_token="<image>",
     )
     if onevision:  # its LlavaOnevisionProcessor needs torchvision
         LlavaOnevisionImageProcessorPil(size=square, **grids).save_pretrained(folder)
@@ -112,7 +164,9 @@ def make(folder: Path, family="llava", seed=0, template=LLAVA_15_TEMPLATE, visio
         (folder / "chat_template.jinja").write_text(template)
         return folder
     if family == "llava_next":
-        pictures = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=square, **grids)
+        pictures = LlavaNextImageProcessorPil(
+            size={"shortest_edge": side}, crop_size=square, **grids
+        )
     elif siglip:
         pictures = SiglipImageProcessorPil(size=square)
     else:
@@ -126,3 +180,72 @@ def make(folder: Path, family="llava", seed=0, template=LLAVA_15_TEMPLATE, visio
         chat_template=template,
     ).save_pretrained(folder)
     return folder
+
+
+def reference_of(folder):
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    return CLASSES[kind][1].from_pretrained(folder, dtype=torch.float32).eval()
+
+
+# ---- a checkpoint of every family, and what it is shown ----
+
+SIGLIP = dict(model_type="siglip_vision_model")
+GRIDS = [
+    [56, 112],
+    [112, 56],
+    [112, 112],
+    [168, 56],
+    [56, 168],
+]  # (height, width): LLaVA-NeXT's at a sixth
+MANY = [[56 * h, 56 * w] for h in range(1, 5) for w in range(1, 5)]
+FAMILIES = {
+    "llava, SigLIP, Llama": dict(vision=SIGLIP, vision_feature_select_strategy="full"),
+    "llava, CLIP, Qwen2": dict(text=dict(model_type="qwen2")),
+    "llava, SigLIP, Qwen2": dict(  # as llava-interleave-qwen
+        vision=SIGLIP,
+        text=dict(model_type="qwen2", tie_word_embeddings=True),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        template=CHATML,
+    ),
+    "llava_next, Llama": dict(family="llava_next", image_grid_pinpoints=GRIDS),
+    "llava_next, Mistral": dict(
+        family="llava_next",
+        text=dict(model_type="mistral", sliding_window=None),
+        image_grid_pinpoints=GRIDS,
+        template=MISTRAL,
+    ),
+    "llava_onevision": dict(
+        family="llava_onevision",
+        vision=SIGLIP,
+        text=dict(model_type="qwen2"),
+        image_grid_pinpoints=MANY,
+        vision_aspect_ratio="anyres_max_4",
+        template=CHATML,
+    ),
+}
+SIZES = dict(
+    square=(80, 80),
+    wide=(150, 47),
+    tall=(61, 173),
+    one_tile=(56, 56),
+    large=(301, 283),
+    thin=(400, 7),
+    dot=(1, 1),
+)
+
+
+def picture(size=(80, 80), seed=3):
+    """Coarse noise: plain and busy parts."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (size[1] // 9 + 1, size[0] // 9 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.NEAREST)
+
+
+def clip(frames=3):
+    """A still background of coarse noise, on which a white square moves."""
+    out = []
+    for i in range(frames):
+        out.append(picture((84, 84)))
+        out[-1].paste((255, 255, 255), (28 * i, 28, 28 * i + 14, 42))
+    return out

@@ -1,6 +1,7 @@
 """Every equation against a slow form of it that is written in another way. The names carry the equations' numbers."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,23 +10,27 @@ import torch.nn.functional as F
 import dymu
 from dymu import (
     DyMU,
-    join_frames,
+    cosine,
     match,
     merge,
-    query_blocks,
-    query_positions,
     remerge,
     rope_scores,
     rotate,
-    schedule,
     size_bias,
     vtu_attention,
 )
+from extras.sampled import spread
 
 
 def angles(N, d, base=10000.0):
-    theta = torch.arange(N, dtype=torch.float64)[:, None] / base ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
+    theta = torch.arange(N, dtype=torch.float64)[:, None] / base ** (
+        torch.arange(0, d, 2, dtype=torch.float64) / d
+    )
     return theta.cos(), theta.sin()
+
+
+def choose(settings, score, layer=0):
+    return settings.choose(score, SimpleNamespace(layer=layer))
 
 
 def random_map(N, N_un):
@@ -43,27 +48,29 @@ def seed():
 
 def test_match_is_the_best_cosine_between_alternating_tokens():
     keys = torch.randn(9, 5, dtype=torch.float64)
-    score, partner = match(keys)
+    score, partner = match(cosine(keys))
     assert score[0] == -math.inf  # the class token
     for i, t in enumerate(range(2, 9, 2), start=1):
         cosines = [float(torch.cosine_similarity(keys[t], keys[n], dim=0)) for n in range(1, 9, 2)]
         assert partner[i] == max(range(4), key=cosines.__getitem__)
         assert abs(score[i] - max(cosines)) < 1e-12
-    assert match(keys, class_token=False)[0][0] > -1
-    assert match(torch.ones(6, 3) / 3)[0].max() <= 1  # rounding does not reach over a threshold of 1
+    assert match(cosine(keys), class_token=False)[0][0] > -1
+    assert (
+        match(cosine(torch.ones(6, 3) / 3))[0].max() <= 1
+    )  # rounding does not reach over a threshold of 1
 
 
 def test_matching_in_float32_flips_no_merge_beyond_ties():
     """Against float64, at ViT-L's size and with keys as alike as a picture's: only ties may fall either way."""
     keys = torch.randn(577, 64, dtype=torch.float64) * 0.2 + torch.randn(64, dtype=torch.float64)
-    (score, partner), (exact, exact_partner) = match(keys.float()), match(keys)
+    (score, partner), (exact, exact_partner) = match(cosine(keys.float())), match(cosine(keys))
     cosines = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
     best_two = cosines.topk(2, dim=-1).values
     flipped = (partner != exact_partner) & ((best_two[:, 0] - best_two[:, 1]) > 1e-6)
     assert not flipped[1:].any()
     assert (score[1:] - exact[1:]).abs().max() < 1e-6
     r = DyMU(r=(21,))
-    assert (r.edges(score, 0) != r.edges(exact, 0)).sum() == 0
+    assert (choose(r, score) != choose(r, exact)).sum() == 0
 
 
 def merged_by_sets(x, positions, partner, keep):
@@ -84,12 +91,14 @@ def test_eq1_eq2_eq3_merge_equals_one_edge_at_a_time():
     x = torch.randn(11, 4, dtype=torch.float64)
     size, token_at, positions = torch.ones(11), torch.arange(11), [{i} for i in range(11)]
     for _ in range(3):
-        score, partner = match(x)
+        score, partner = match(cosine(x))
         keep = score > score[1:].median()
         expected_x, positions = merged_by_sets(x, positions, partner.tolist(), keep.tolist())
         x, size, token_at = merge(x, size, token_at, partner, keep)
         torch.testing.assert_close(x, expected_x)
-        assert [set((token_at == t).nonzero().flatten().tolist()) for t in range(len(x))] == positions
+        assert [
+            set((token_at == t).nonzero().flatten().tolist()) for t in range(len(x))
+        ] == positions
         assert size.tolist() == torch.bincount(token_at).tolist()
         assert size.sum() == 11
         assert positions[0] == {0}  # the class token stays alone, and first
@@ -97,22 +106,32 @@ def test_eq1_eq2_eq3_merge_equals_one_edge_at_a_time():
 
 def test_eq1_several_tokens_may_join_one():
     x, keep = torch.tensor([[0.0], [10.0], [1.0], [20.0], [4.0]]), torch.tensor([False, True, True])
-    x, size, token_at = merge(x, torch.tensor([1.0, 2, 1, 1, 3]), torch.arange(5), torch.tensor([0, 0, 0]), keep)
+    x, size, token_at = merge(
+        x, torch.tensor([1.0, 2, 1, 1, 3]), torch.arange(5), torch.tensor([0, 0, 0]), keep
+    )
     assert x.flatten().tolist() == [0, (10 * 2 + 1 + 4 * 3) / 6, 20]
     assert (size.tolist(), token_at.tolist()) == ([1, 6, 1], [0, 1, 1, 2, 1])
 
 
 def test_merge_of_nothing_changes_nothing():
     x, size, token_at = torch.randn(7, 3), torch.rand(7), torch.arange(7)
-    after = merge(x, size, token_at, torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool))
+    after = merge(
+        x, size, token_at, torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool)
+    )
     assert all(a is b for a, b in zip(after, (x, size, token_at)))
 
 
 def test_tome_merges_the_r_best_edges_and_never_the_class_token():
     score = torch.tensor([-math.inf, 0.1, 0.9, -0.5, 0.3])
-    assert DyMU(r=(2,)).edges(score, 0).tolist() == [False, False, True, False, True]
-    assert DyMU(r=(9,)).edges(score, 0).tolist() == [False, True, True, True, True]
-    assert DyMU(thresholds=(0.3,)).edges(score, 0).tolist() == [False, False, True, False, False]  # strictly above
+    assert choose(DyMU(r=(2,)), score).tolist() == [False, False, True, False, True]
+    assert choose(DyMU(r=(9,)), score).tolist() == [False, True, True, True, True]
+    assert choose(DyMU(thresholds=(0.3,)), score).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]  # strictly above
 
 
 def test_eq5_size_s_equals_s_copies():
@@ -120,84 +139,19 @@ def test_eq5_size_s_equals_s_copies():
     size = torch.tensor([1, 3, 2, 1, 4])
     copies = torch.arange(5).repeat_interleave(size)
     weighted = dymu.attention(q, k, v, size_bias(size).double().expand(1, 5, 5))
-    torch.testing.assert_close(weighted, dymu.attention(q, k[:, copies], v[:, copies]), rtol=1e-6, atol=1e-6)
-
-
-def test_appendix_b_schedules():
-    assert schedule(504, 24) == (21,) * 24
-    assert schedule(386, 24) == (17, 17) + (16,) * 22  # the remainder goes to the first layers
-    for total in (0, 1, 100, 384, 483):
-        linear = schedule(total, 23, "linear")
-        assert sum(linear) == total and list(linear) == sorted(linear, reverse=True)
-        assert schedule(total, 23, "reverse_linear") == linear[::-1]
-    assert schedule(384, 24, "linear")[0] > 25
-    with pytest.raises(ValueError, match="cubic"):
-        schedule(10, 2, "cubic")
-
-
-# ---- temporal merging ----
-
-
-def joined_by_lists(frames, threshold):
-    """One token at a time -> the members (frame, token) of each token, its average, the tokens at the positions."""
-    members, average, maps = [], [], []
-    for f, (x, at) in enumerate(frames):
-        before, old, place = sorted(set(maps[-1])) if maps else [], [a.clone() for a in average], {}
-        for t in range(len(x)):
-            cosines = [float(torch.cosine_similarity(x[t], old[b], dim=0)) for b in before]
-            best = max(range(len(before)), key=cosines.__getitem__, default=None)
-            if best is not None and cosines[best] > threshold:
-                place[t] = before[best]
-                members[before[best]].append((f, t))
-            else:
-                place[t] = len(members)
-                members.append([(f, t)])
-                average.append(x[t])
-        for i, who in enumerate(members):  # every virtual position counts the same
-            sizes = torch.tensor([float((frames[g][1] == t).sum()) for g, t in who], dtype=torch.float64)
-            average[i] = (torch.stack([frames[g][0][t] for g, t in who]) * sizes[:, None]).sum(0) / sizes.sum()
-        maps.append([place[int(t)] for t in at])
-    return members, average, maps
-
-
-@pytest.mark.parametrize("threshold", [-1.0, 0.3, 0.7, 1.0, None])
-def test_join_frames_equals_one_token_at_a_time(threshold):
-    base = torch.randn(8, 4, dtype=torch.float64)
-    frames = []
-    for n in (8, 6, 7, 6):  # tokens of each frame, on 12 positions
-        x = base[torch.randperm(8)[:n]] + 0.4 * torch.randn(n, 4, dtype=torch.float64)
-        frames.append((x, random_map(12, n)))
-    members, average, maps = joined_by_lists(frames, math.inf if threshold is None else threshold)
-    found = join_frames(frames, threshold)
-    new, at = (torch.cat(part) for part in zip(*found))
-    assert [a.tolist() for _, a in found] == maps
-    torch.testing.assert_close(new, torch.stack(average))
-    assert [len(x) for x, _ in found] == [sum(who[0][0] == f for who in members) for f in range(4)]
-    size = at.bincount()
-    assert size.sum() == 48 and len(size) == len(new) and size.min() >= 1
-    if threshold in (1.0, None):
-        assert len(new) == 27 and torch.equal(new, torch.cat([x for x, _ in frames]))
-    if threshold == -1.0:
-        assert len(new) == 8
-
-
-def test_join_frames_takes_what_is_above_the_threshold_strictly():
-    frames = [(torch.eye(3), torch.arange(3)), (torch.eye(3), torch.arange(3))]
-    assert [len(x) for x, _ in join_frames(frames, 1.0)] == [3, 3]
-    assert [len(x) for x, _ in join_frames(frames, 0.999)] == [3, 0]
-
-
-def test_temporal_is_a_cosine():
-    for wrong in (1.01, -2.0, math.nan):
-        with pytest.raises(ValueError, match="it is a cosine"):
-            DyMU(temporal=wrong)
+    torch.testing.assert_close(
+        weighted, dymu.attention(q, k[:, copies], v[:, copies]), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_a_token_that_is_alone_has_no_partner():
     for class_token in (True, False):
-        score, partner = match(torch.randn(1, 4), class_token)
+        score, partner = match(cosine(torch.randn(1, 4)), class_token)
         assert score.tolist() == [-math.inf] and partner.tolist() == [0]
-        assert not DyMU(r=(3,)).edges(score, 0).any() and not DyMU(thresholds=(-1.0,)).edges(score, 0).any()
+        assert (
+            not choose(DyMU(r=(3,)), score).any()
+            and not choose(DyMU(thresholds=(-1.0,)), score).any()
+        )
 
 
 # ---- VTU ----
@@ -217,40 +171,21 @@ def test_eq6_eq7_eq8_scores_depend_on_the_difference_of_angles():
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_eq9_eq10_term_by_term_equals_expand_and_rotate(kv_heads):
     N, N_un, d = 23, 9, 16
-    q, k = torch.randn(4, N_un, d, dtype=torch.float64), torch.randn(kv_heads, N_un, d, dtype=torch.float64)
+    q, k = (
+        torch.randn(4, N_un, d, dtype=torch.float64),
+        torch.randn(kv_heads, N_un, d, dtype=torch.float64),
+    )
     token_at, (cos, sin) = random_map(N, N_un), angles(N, d)
     expanded = rotate(q[:, token_at], cos, sin) @ rotate(
         k.repeat_interleave(4 // kv_heads, 0)[:, token_at], cos, sin
     ).transpose(1, 2)
     torch.testing.assert_close(rope_scores(q, k, token_at, cos, sin), expanded, rtol=0, atol=1e-12)
-    doubled = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)  # Hugging Face's tables are accepted too
-    torch.testing.assert_close(rope_scores(q, k, token_at, *doubled), expanded, rtol=0, atol=1e-12)
 
 
-def spread(positions, s):
-    """s of a sorted list, evenly."""
+def evenly(positions, s):
+    """s of a sorted list."""
     s = min(s, len(positions))
     return [positions[(2 * j + 1) * len(positions) // (2 * s)] for j in range(s)]
-
-
-def test_query_positions_are_spread_evenly():
-    token_at = torch.tensor([0, 1, 1, 1, 0, 2, 1, 1])
-    assert query_positions(token_at).tolist() == list(range(8))
-    assert query_positions(token_at, 1).tolist() == [3, 4, 5]  # the medians of {0, 4}, {1, 2, 3, 6, 7} and {5}
-    assert query_positions(token_at, 5).tolist() == list(range(8))
-    token_at = random_map(60, 13)
-    for s in (1, 2, 3, 7):
-        lists = [(token_at == t).nonzero().flatten().tolist() for t in range(13)]
-        assert query_positions(token_at, s).tolist() == sorted(p for one in lists for p in spread(one, s))
-
-
-@pytest.mark.parametrize("queries", [None, 1, 4])
-def test_query_blocks_are_the_positions_in_order_with_what_they_see(queries):
-    token_at = random_map(90, 31)
-    blocks = query_blocks(token_at, queries)
-    assert torch.equal(torch.cat([at for at, _ in blocks]), query_positions(token_at, queries))
-    assert [seen for _, seen in blocks] == [int(at[-1]) + 1 for at, _ in blocks]
-    assert len(blocks) == (1 if queries is None else 8)
 
 
 def remerged_by_loops(q, k, v, token_at, cos, sin, queries):
@@ -263,7 +198,7 @@ def remerged_by_loops(q, k, v, token_at, cos, sin, queries):
         rows = [scores[h, n, : n + 1].softmax(0) @ value[: n + 1] for n in range(N)]
         for t in range(N_un):
             positions = (token_at == t).nonzero().flatten().tolist()
-            chosen = positions if queries is None else spread(positions, queries)
+            chosen = positions if queries is None else evenly(positions, queries)
             out[h, t] = sum(rows[n] for n in chosen) / len(chosen)
     return out
 
@@ -275,8 +210,11 @@ def test_eq10_eq11_as_run_equals_the_loops(queries, kv_heads):
     q = torch.randn(4, N_un, d, dtype=torch.float64)
     k, v = torch.randn(2, kv_heads, N_un, d, dtype=torch.float64)
     token_at, (cos, sin) = random_map(N, N_un), angles(N, d)
-    got = vtu_attention(q, k, v, token_at, cos, sin, queries)
-    torch.testing.assert_close(got, remerged_by_loops(q, k, v, token_at, cos, sin, queries), rtol=0, atol=1e-12)
+    query_at = None if queries is None else spread(queries)(token_at)
+    got = vtu_attention(q, k, v, token_at, cos, sin, query_at)
+    torch.testing.assert_close(
+        got, remerged_by_loops(q, k, v, token_at, cos, sin, queries), rtol=0, atol=1e-12
+    )
 
 
 def test_eq11_remerge_is_the_pseudo_inverse_of_the_map():
@@ -289,8 +227,8 @@ def test_identity_map_makes_vtu_plain_attention():
     q, k, v = torch.randn(3, 2, 10, 8, dtype=torch.float64)
     cos, sin = angles(10, 8)
     plain = dymu.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=True)
-    for queries in (None, 1):
-        assert torch.equal(vtu_attention(q, k, v, torch.arange(10), cos, sin, queries), plain)
+    for query_at in (None, spread(1)(torch.arange(10))):
+        assert torch.equal(vtu_attention(q, k, v, torch.arange(10), cos, sin, query_at), plain)
 
 
 def test_a_cached_step_equals_the_last_row_of_one_pass():
@@ -302,8 +240,8 @@ def test_a_cached_step_equals_the_last_row_of_one_pass():
 
 def test_half_precision_is_averaged_and_compared_in_float32():
     keys, x = torch.randn(200, 16).bfloat16(), (100 + torch.randn(2, 300, 4)).bfloat16()
-    score, partner = match(keys)
-    exact_score, exact_partner = match(keys.float())
+    score, partner = match(cosine(keys))
+    exact_score, exact_partner = match(cosine(keys.float()))
     assert torch.equal(score, exact_score) and torch.equal(partner, exact_partner)
     one = torch.zeros(300, dtype=torch.long)
     mean = x.float().mean(1, keepdim=True).bfloat16()
@@ -316,7 +254,12 @@ def test_half_precision_is_averaged_and_compared_in_float32():
 
 
 def test_settings_that_contradict_are_refused():
-    with pytest.raises(ValueError, match="not both"):
-        DyMU(thresholds=(0.5,), r=(1,))
-    with pytest.raises(ValueError, match="queries is 0"):
-        DyMU(queries=0)
+    rule = similar = lambda *_: None
+    for wrong in (
+        dict(thresholds=(0.5,), r=(1,)),
+        dict(thresholds=(0.5,), rule=rule),
+        dict(r=(1,), rule=rule),
+    ):
+        with pytest.raises(ValueError, match="at most one of thresholds"):
+            DyMU(**wrong)
+    assert not DyMU(similarity=similar).merging and DyMU(rule=rule).merging

@@ -11,7 +11,11 @@ from load import find, load
 
 def test_ablations_count_the_tokens_of_the_picture():
     llava, processor = load("tiny")
-    settings = {"full": DyMU(), "ToMe": DyMU(r=(30,) * 7), "ToMe, no VTU": DyMU(r=(30,) * 7, vtu=False)}
+    settings = {
+        "full": DyMU(),
+        "ToMe": DyMU(r=(30,) * 7),
+        "ToMe, no VTU": DyMU(r=(30,) * 7, vtu=False),
+    }
     found = ablate.examine(find("tiny"), settings, HELD_OUT)
     assert found["tokens"] == {"full": 256, "ToMe": 46, "ToMe, no VTU": 46}
     questions = [question for _, question, _ in scene(HELD_OUT).questions]

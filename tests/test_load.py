@@ -1,13 +1,22 @@
 """Pictures, prompts, configurations and thresholds, against transformers where it has them."""
 
 import json
-import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import CHATML, CHATML_LINES, CHATML_NEXT, CLASSES, IMAGE, LLAMA3, LLAVA_15_TEMPLATE, MISTRAL, make
+from checkpoints import (
+    CHATML,
+    CHATML_LINES,
+    CHATML_NEXT,
+    CLASSES,
+    IMAGE,
+    LLAMA3,
+    LLAVA_15_TEMPLATE,
+    MISTRAL,
+    make,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -16,11 +25,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-import load as loading
-from budgets import read_thresholds
-from config import TextConfig, VisionConfig, read_config
 from dymu import DyMU
-from load import Processor, choose_dtype, load, load_model
+from extras import door
+from extras.door import choose_dtype
+from extras.families import read_config, to_tuple
+from extras.sampled import spread
+from load import Processor, load, load_model
+from model import TextConfig, VisionConfig
 
 
 def edit(file, **changes):
@@ -39,7 +50,9 @@ def edit(file, **changes):
 
 def picture(mode, size):
     rng = np.random.default_rng(3)
-    rgb = Image.fromarray(rng.integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)).resize(size)
+    rgb = Image.fromarray(
+        rng.integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
+    ).resize(size)
     if mode == "I;16":
         return Image.fromarray(np.asarray(rgb)[:, :, 0].astype(np.uint16) * 257)
     if mode in ("RGBA", "LA"):
@@ -90,7 +103,9 @@ def test_pixels_follow_preprocessor_config(folder, options):
     )
     image = picture("RGB", (101, 60))
     expected = reference(image, return_tensors="pt")["pixel_values"][0]
-    reference.save_pretrained(folder)  # preprocessor_config.json, which processor_config.json goes before
+    reference.save_pretrained(
+        folder
+    )  # preprocessor_config.json, which processor_config.json goes before
     assert Processor(folder).image(image).shape != expected.shape
     edit(folder / "processor_config.json", image_processor=None)
     torch.testing.assert_close(Processor(folder).image(image), expected.float(), rtol=0, atol=1e-6)
@@ -103,17 +118,30 @@ def test_old_preprocessor_config_with_plain_numbers_and_nulls(folder):
     old = dict(size=56, crop_size=56, do_resize=False, image_mean=None)
     (folder / "preprocessor_config.json").write_text(json.dumps(old))
     assert torch.equal(Processor(folder).image(image), expected)
-    (folder / "preprocessor_config.json").unlink()  # nothing at all: CLIP's, at the tower's resolution
+    (
+        folder / "preprocessor_config.json"
+    ).unlink()  # nothing at all: CLIP's, at the tower's resolution
     assert torch.equal(Processor(folder).image(image), expected)
 
 
-@pytest.mark.parametrize("said", [{}, dict(image_processor_type="SiglipImageProcessor", resample=3)])
+@pytest.mark.parametrize(
+    "said", [{}, dict(image_processor_type="SiglipImageProcessor", resample=3)]
+)
 def test_siglips_preprocessing_is_the_default_of_its_tower(tmp_path, said):
-    folder = make(tmp_path, vision=dict(model_type="siglip_vision_model"), vision_feature_select_strategy="full")
+    folder = make(
+        tmp_path,
+        vision=dict(model_type="siglip_vision_model"),
+        vision_feature_select_strategy="full",
+    )
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").write_text(json.dumps(said))
-    image, theirs = picture("RGB", (90, 61)), SiglipImageProcessorPil(size={"height": 56, "width": 56})
-    assert torch.equal(Processor(folder).image(image), theirs(image, return_tensors="pt")["pixel_values"][0])
+    image, theirs = (
+        picture("RGB", (90, 61)),
+        SiglipImageProcessorPil(size={"height": 56, "width": 56}),
+    )
+    assert torch.equal(
+        Processor(folder).image(image), theirs(image, return_tensors="pt")["pixel_values"][0]
+    )
 
 
 def test_exif_orientation_is_applied(saved, tmp_path):
@@ -121,18 +149,29 @@ def test_exif_orientation_is_applied(saved, tmp_path):
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
     upright = image.transpose(Image.Transpose.ROTATE_270)
-    assert torch.equal(Processor(saved).image(tmp_path / "turned.png"), Processor(saved).image(upright))
+    assert torch.equal(
+        Processor(saved).image(tmp_path / "turned.png"), Processor(saved).image(upright)
+    )
 
 
 # ---- prompts ----
 
-TEMPLATES = {"llava-1.5": LLAVA_15_TEMPLATE, "mistral": MISTRAL, "chatml": CHATML, "chatml, lines": CHATML_LINES}
+TEMPLATES = {
+    "llava-1.5": LLAVA_15_TEMPLATE,
+    "mistral": MISTRAL,
+    "chatml": CHATML,
+    "chatml, lines": CHATML_LINES,
+}
 TEMPLATES |= {"chatml, next": CHATML_NEXT, "llama 3": LLAMA3}
 
 
-@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "place", ["chat_template.jinja", "chat_template.json", "processor_config.json"]
+)
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-@pytest.mark.parametrize("question", ["What is it?", "Zwei {} Fragen:\nwas, wo?  Österreich 你好 🙂"])
+@pytest.mark.parametrize(
+    "question", ["What is it?", "Zwei {} Fragen:\nwas, wo?  Österreich 你好 🙂"]
+)
 def test_prompt_equals_transformers(folder, template, place, question):
     (folder / "chat_template.jinja").unlink()
     if place.endswith("jinja"):
@@ -145,7 +184,9 @@ def test_prompt_equals_transformers(folder, template, place, question):
     for image in (True, False, 2):
         content = [{"type": "image"}] * image + [{"type": "text", "text": question}]
         text = reference.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, chat_template=template
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            chat_template=template,
         )
         ids = processor.prompt(question, image)
         assert ids.tolist() == reference.tokenizer(text).input_ids
@@ -162,7 +203,9 @@ def test_padding_and_truncation_in_tokenizer_json_are_left_out(folder):
     assert Processor(folder).prompt("What is it?").tolist() == expected
 
 
-@pytest.mark.parametrize("kind, template", [("llama", LLAVA_15_TEMPLATE), ("mistral", MISTRAL), ("qwen2", CHATML)])
+@pytest.mark.parametrize(
+    "kind, template", [("llama", LLAVA_15_TEMPLATE), ("mistral", MISTRAL), ("qwen2", CHATML)]
+)
 def test_without_a_template_the_decoder_decides(tmp_path, kind, template):
     folder, ids = make(tmp_path, text=dict(model_type=kind), template=template), []
     for _ in range(2):
@@ -186,7 +229,11 @@ def test_templates_that_ask_for_more_are_refused(folder, template):
 
 def test_prompts_that_cannot_be_made(folder):
     processor = Processor(folder)
-    for question, message in (("", "is empty"), ("  \n", "is empty"), ("what \udcff", "surrogates")):
+    for question, message in (
+        ("", "is empty"),
+        ("  \n", "is empty"),
+        ("what \udcff", "surrogates"),
+    ):
         with pytest.raises(ValueError, match=message):
             processor.prompt(question)
     with pytest.raises(ValueError, match="<image>"):
@@ -209,10 +256,15 @@ def config_of(tmp_path, **config):
 SPARSE = [
     {},  # nothing at all: the shapes of LLaVA-1.5-7B and its relatives
     dict(vision_config={"model_type": "clip_vision_model"}, text_config={"model_type": "llama"}),
-    dict(vision_config={"model_type": "siglip_vision_model"}, text_config={"model_type": "mistral"}),
+    dict(
+        vision_config={"model_type": "siglip_vision_model"}, text_config={"model_type": "mistral"}
+    ),
     dict(text_config={"model_type": "mistral", "sliding_window": None}),
     dict(text_config={"model_type": "qwen2"}),
-    dict(vision_config={"hidden_size": 64, "num_attention_heads": 4}, text_config={"hidden_size": 256}),
+    dict(
+        vision_config={"hidden_size": 64, "num_attention_heads": 4},
+        text_config={"hidden_size": 256},
+    ),
 ]
 
 
@@ -223,15 +275,29 @@ def test_defaults_of_a_sparse_config_are_those_of_transformers(tmp_path, family,
         side = {"llava": 224, "llava_next": 336, "llava_onevision": 384}[family]
         sparse = sparse | dict(vision_config=sparse["vision_config"] | dict(image_size=side))
         if family != "llava":  # tiles are square
-            siglip = sparse["vision_config"].get("model_type", CLASSES[family][0]().vision_config.model_type)[0] == "s"
+            siglip = (
+                sparse["vision_config"].get(
+                    "model_type", CLASSES[family][0]().vision_config.model_type
+                )[0]
+                == "s"
+            )
             sparse["vision_feature_select_strategy"] = "full" if siglip else "default"
     ours, theirs = config_of(tmp_path, model_type=family, **sparse), CLASSES[family][0](**sparse)
-    ours_v, theirs_v, ours_t, theirs_t = ours.vision_config, theirs.vision_config, ours.text_config, theirs.text_config
+    ours_v, theirs_v, ours_t, theirs_t = (
+        ours.vision_config,
+        theirs.vision_config,
+        ours.text_config,
+        theirs.text_config,
+    )
     for name in VisionConfig.__dataclass_fields__.keys() - {"class_token"}:
         assert getattr(ours_v, name) == getattr(theirs_v, name), name
     assert ours_v.class_token == (theirs_v.model_type == "clip_vision_model")
     of_llama = {"attention_bias", "output_bias", "mlp_bias", "head_dim"}
-    for name in TextConfig.__dataclass_fields__.keys() - of_llama - {"rope_theta", "max_position_embeddings"}:
+    for name in (
+        TextConfig.__dataclass_fields__.keys()
+        - of_llama
+        - {"rope_theta", "max_position_embeddings"}
+    ):
         assert getattr(ours_t, name) == getattr(theirs_t, name), name
     assert ours_t.head_dim == (
         getattr(theirs_t, "head_dim", None) or theirs_t.hidden_size // theirs_t.num_attention_heads
@@ -245,37 +311,53 @@ def test_defaults_of_a_sparse_config_are_those_of_transformers(tmp_path, family,
     names = "vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias"
     for name in (names + " image_token_index tie_word_embeddings").split():
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.video_token_index == getattr(theirs, "video_token_index", None)
-    assert [list(grid) for grid in ours.image_grid_pinpoints] == getattr(theirs, "image_grid_pinpoints", [])
-    assert ours.anyres_max == (9 if family == "llava_onevision" else None)
+    for name in ("video_token_index", "image_grid_pinpoints"):
+        assert to_tuple(getattr(ours, name, None)) == to_tuple(getattr(theirs, name, None))
+    assert getattr(ours, "anyres_max", None) == (9 if family == "llava_onevision" else None)
 
 
 def test_llava_has_neither_tiles_nor_a_video_token_whatever_its_config_says(tmp_path):
-    more = dict(image_grid_pinpoints=[[336, 672]], video_token_index=32001, vision_aspect_ratio="anyres_max_9")
+    more = dict(
+        image_grid_pinpoints=[[336, 672]],
+        video_token_index=32001,
+        vision_aspect_ratio="anyres_max_9",
+    )
     assert config_of(tmp_path, **more) == config_of(tmp_path)
     assert config_of(tmp_path).placeholders == (32000,)
 
 
 def test_derived_settings_are_not_read(tmp_path):
-    more = dict(vision_config=dict(class_token="x", hidden_size=64, num_attention_heads=4), anyres_max=5)
+    more = dict(
+        vision_config=dict(class_token="x", hidden_size=64, num_attention_heads=4), anyres_max=5
+    )
     assert config_of(tmp_path, **more).vision_config.class_token is True
-    assert config_of(tmp_path, **more).anyres_max is None
+    next_ = config_of(tmp_path, model_type="llava_next", **more | dict(vision_config={}))
+    assert next_.anyres_max is None
 
 
 def test_attention_bias_is_llamas_alone(tmp_path):
-    for kind, biases in (("llama", (True, True)), ("mistral", (False, False)), ("qwen2", (True, False))):
+    for kind, biases in (
+        ("llama", (True, True)),
+        ("mistral", (False, False)),
+        ("qwen2", (True, False)),
+    ):
         c = config_of(tmp_path, text_config=dict(model_type=kind, attention_bias=True)).text_config
         assert (c.attention_bias, c.output_bias) == biases
 
 
 def test_spellings_of_the_same_configuration(tmp_path):
-    for text in (dict(rope_theta=5e5), dict(rope_parameters=dict(rope_theta=5e5, rope_type="default"))):
+    for text in (
+        dict(rope_theta=5e5),
+        dict(rope_parameters=dict(rope_theta=5e5, rope_type="default")),
+    ):
         assert config_of(tmp_path, text_config=text).text_config.rope_theta == 5e5
     for name in ("image_token_index", "image_token_id"):
         assert config_of(tmp_path, **{name: 77}).image_token_index == 77
     for places in (dict(eos_token_id=[5, 6]), dict(text_config=dict(eos_token_id=[5, 6]))):
         assert config_of(tmp_path, **places).eos_token_id == (5, 6)
-    assert config_of(tmp_path, eos_token_id=5, text_config=dict(eos_token_id=6)).eos_token_id == (5,)
+    assert config_of(tmp_path, eos_token_id=5, text_config=dict(eos_token_id=6)).eos_token_id == (
+        5,
+    )
     (tmp_path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=9)))
     assert config_of(tmp_path, eos_token_id=5).eos_token_id == (9,)
 
@@ -293,9 +375,15 @@ def test_dtype_is_chosen_by_checkpoint_and_device(monkeypatch):
     cpu = torch.device("cpu")
     assert choose_dtype(None, cpu, half=False) == torch.float32
     for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(
+            torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported
+        )
         assert choose_dtype(None, cpu, half=True) == expected
-    assert choose_dtype("float16", cpu, half=False) == choose_dtype(torch.float16, cpu, half=False) == torch.float16
+    assert (
+        choose_dtype("float16", cpu, half=False)
+        == choose_dtype(torch.float16, cpu, half=False)
+        == torch.float16
+    )
     with pytest.raises(ValueError, match="int8"):
         choose_dtype("int8", cpu, half=False)
 
@@ -312,7 +400,7 @@ def test_a_half_precision_checkpoint_answers(folder, monkeypatch):
     exact, processor = load(folder, "cpu", torch.float32)
     rounded, _ = load(folder, "cpu", torch.bfloat16)
     ids, pixels = processor.prompt("What is it?"), processor.image(picture("RGB", (70, 60)))
-    for settings in (DyMU(), DyMU(r=(3, 2, 2)), DyMU(r=(3, 2, 2), queries=1)):
+    for settings in (DyMU(), DyMU(r=(3, 2, 2)), DyMU(r=(3, 2, 2), queries=spread(1))):
         a, b = exact(ids, pixels, settings), rounded(ids, pixels, settings)
         assert b.dtype == torch.bfloat16
         assert (a - b.float()).norm() < 0.1 * a.norm()
@@ -321,7 +409,9 @@ def test_a_half_precision_checkpoint_answers(folder, monkeypatch):
 def test_a_head_of_its_own_goes_before_tied_embeddings(folder):
     edit(folder / "config.json", tie_word_embeddings=True)
     weights = load_file(folder / "model.safetensors")
-    assert torch.equal(load_model(folder, "cpu").lm_head.weight, weights["language_model.lm_head.weight"])
+    assert torch.equal(
+        load_model(folder, "cpu").lm_head.weight, weights["language_model.lm_head.weight"]
+    )
 
 
 def test_a_hub_id_in_the_cache_needs_no_connection(folder, tmp_path, monkeypatch):
@@ -332,12 +422,12 @@ def test_a_hub_id_in_the_cache_needs_no_connection(folder, tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     announced = []
-    assert loading.find("owner/name", announce=lambda *said: announced.append(said)).samefile(
+    assert door.find("owner/name", announce=lambda *said: announced.append(said)).samefile(
         cache / "snapshots" / ("0" * 40)
     )
     assert not announced
     with pytest.raises(ValueError, match=r"not to be had from the Hub: .*LocalEntryNotFoundError"):
-        loading.find("owner/other", announce=lambda *said: announced.append(said))
+        door.find("owner/other", announce=lambda *said: announced.append(said))
 
 
 def test_a_hub_id_is_downloaded_after_it_was_announced(folder, monkeypatch):
@@ -350,56 +440,8 @@ def test_a_hub_id_is_downloaded_after_it_was_announced(folder, monkeypatch):
         fields = ("filename", "file_size", "will_download")
         return [type("File", (), dict(zip(fields, f))) for f in files] if dry_run else str(folder)
 
-    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(door, "snapshot_download", snapshot_download)
     announced = []
-    assert loading.find("owner/name", announce=lambda size, where: announced.append(size)) == folder
+    assert door.find("owner/name", announce=lambda size, where: announced.append(size)) == folder
     assert announced == [14_000_000_000]
     assert calls == [("owner/name", True), ("owner/name", False)]
-
-
-# ---- thresholds ----
-
-
-def test_thresholds_are_found_next_to_the_checkpoint(folder):
-    config = read_config(folder)
-    (folder / "thresholds.json").write_text(json.dumps({"low": {"thresholds": [0.9, 0.8, 0.7], "r": [4, 4, 4]}}))
-    assert read_thresholds("low", folder, config)[0] == (0.9, 0.8, 0.7)
-    with pytest.raises(ValueError, match=re.escape(f"python demo.py --calibrate IMAGES_FOLDER --model {folder}")):
-        read_thresholds("mid", folder, config)
-
-
-def test_the_published_sample_is_shipped_for_its_tower_alone(tmp_path):
-    config = config_of(tmp_path)  # LLaVA-1.5
-    taus, provenance = read_thresholds("low", tmp_path, config)
-    assert (len(taus), taus[0], taus[-1]) == (24, 0.99609375, 0.81640625)
-    assert "bfloat16" in provenance["doubt"] and provenance["low"]["r"] == [21] * 24
-    config.check(DyMU(thresholds=taus))
-    with pytest.raises(ValueError, match="calibrate"):
-        read_thresholds(
-            "low", tmp_path, config_of(tmp_path, vision_config=dict(hidden_size=1024, num_attention_heads=16))
-        )
-
-
-def test_thresholds_from_files(folder, tmp_path):
-    config, taus = read_config(folder), [0.9, 0.8, 1]
-    cases = {"list": taus, "one": {"thresholds": taus}, "budgets": {"mid": {"thresholds": taus}, "high": [0, 0, 0, 0]}}
-    for name, data in cases.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(data))
-        assert read_thresholds(str(tmp_path / f"{name}.json"), folder, config)[0] == (0.9, 0.8, 1.0)
-    assert read_thresholds(str(tmp_path / "budgets.json") + ":high", folder, config)[0] == (0.0,) * 4
-
-
-def test_thresholds_from_the_authors_checkpoint(folder, tmp_path):
-    state = {f"visual.transformer.resblocks.{i}.threshold": torch.tensor(0.9 - i / 10) for i in (2, 0, 3, 1)}
-    torch.save({"state_dict": state | {"visual.proj": torch.ones(3)}, "epoch": 1}, tmp_path / "tome.pth")
-    found = read_thresholds(str(tmp_path / "tome.pth"), folder, read_config(folder))[0]
-    assert found == pytest.approx((0.9, 0.8, 0.7, 0.6))
-    for wrong in (
-        lambda s: s.pop("visual.transformer.resblocks.1.threshold"),
-        lambda s: s.update({"b.2.threshold": 1.0}),
-    ):
-        changed = dict(state)
-        wrong(changed)
-        torch.save(changed, tmp_path / "wrong.pth")
-        with pytest.raises(ValueError, match="layers that have a threshold"):
-            read_thresholds(str(tmp_path / "wrong.pth"), folder, read_config(folder))

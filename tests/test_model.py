@@ -7,34 +7,17 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import IMAGE, make
+from checkpoints import IMAGE, QUESTION, make
 from safetensors.torch import load_file, save_file
-from test_dymu import merged_by_sets, spread
+from test_dymu import evenly, merged_by_sets
 from transformers import LlavaForConditionalGeneration
 
-from dymu import DyMU, find_thresholds, match, rotate, schedule
+from dymu import DyMU, cosine, match, rotate
+from extras.decoding import prefill_expanded, sampler
+from extras.sampled import spread
+from extras.thresholds import find_thresholds
 from load import load
 from model import KVCache, TextConfig, rope_table
-
-QUESTION = "What is in the picture?"
-
-
-@pytest.fixture(scope="module")
-def llava(saved):
-    return load(saved, "cpu")[0]
-
-
-@pytest.fixture(scope="module")
-def ids(saved):
-    return load(saved, "cpu")[1].prompt(QUESTION)
-
-
-@pytest.fixture(scope="module")
-def images():
-    """Pictures from plain to busy, as pixels (3, 56, 56)."""
-    torch.manual_seed(5)
-    coarse = [torch.randn(1, 3, side, side) for side in (1, 2, 4, 7, 14, 28)]
-    return [F.interpolate(c, (56, 56), mode="nearest")[0] + 0.01 * torch.randn(3, 56, 56) for c in coarse]
 
 
 @pytest.fixture
@@ -50,7 +33,9 @@ def expand(ids, N):
 
 def assert_parity(folder, pixels, reference=None):
     """Full mode: logits to 1e-5 relative and 12 greedy ids, against transformers on the same folder or its twin."""
-    reference = LlavaForConditionalGeneration.from_pretrained(reference or folder, dtype=torch.float32).eval()
+    reference = LlavaForConditionalGeneration.from_pretrained(
+        reference or folder, dtype=torch.float32
+    ).eval()
     llava, processor = load(folder, "cpu")
     ids = processor.prompt(QUESTION)
     inputs = dict(input_ids=expand(ids, llava.config.visual_tokens), pixel_values=pixels[None])
@@ -59,11 +44,15 @@ def assert_parity(folder, pixels, reference=None):
         logits = llava(ids, pixels)
     assert logits.shape == expected.shape
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    answer = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     assert list(llava.generate(ids, pixels, max_new_tokens=12)) == answer.tolist()
     text = processor.prompt(QUESTION, image=False)
     with torch.no_grad():
-        torch.testing.assert_close(llava(text), reference(input_ids=text[None]).logits[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            llava(text), reference(input_ids=text[None]).logits[0], rtol=1e-4, atol=1e-5
+        )
 
 
 # ---- full mode equals transformers ----
@@ -72,7 +61,9 @@ def assert_parity(folder, pixels, reference=None):
 @pytest.mark.parametrize("strategy", ["default", "full"])
 @pytest.mark.parametrize("layer", [-1, -2, -3, 2])
 def test_parity_vision_feature_layer(tmp_path, pixels, layer, strategy):
-    assert_parity(make(tmp_path, vision_feature_layer=layer, vision_feature_select_strategy=strategy), pixels)
+    assert_parity(
+        make(tmp_path, vision_feature_layer=layer, vision_feature_select_strategy=strategy), pixels
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -126,7 +117,9 @@ def test_parity_key_layouts(tmp_path, pixels, layout):
 
 def test_parity_shards(tmp_path, pixels):
     folder = make(tmp_path)
-    LlavaForConditionalGeneration.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
+    LlavaForConditionalGeneration.from_pretrained(folder).save_pretrained(
+        folder, max_shard_size="100KB"
+    )
     (folder / "model.safetensors").unlink()
     assert len(list(folder.glob("model-*.safetensors"))) > 3
     assert_parity(folder, pixels)
@@ -136,9 +129,15 @@ def test_parity_of_a_config_with_its_defaults_left_out(tmp_path, pixels):
     folder = make(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     for part, names in (
-        (config, "vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias"),
+        (
+            config,
+            "vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias",
+        ),
         (config["vision_config"], "hidden_act layer_norm_eps num_channels"),
-        (config["text_config"], "hidden_act rms_norm_eps rope_parameters head_dim max_position_embeddings mlp_bias"),
+        (
+            config["text_config"],
+            "hidden_act rms_norm_eps rope_parameters head_dim max_position_embeddings mlp_bias",
+        ),
     ):
         for name in names.split():
             del part[name]
@@ -159,12 +158,16 @@ def encoder_by_sets(tower, pixels, thresholds):
         positions = [{i} for i in range(len(x))]
         for layer, tau in zip(tower.encoder.layers, thresholds):
             h, a = layer.layer_norm1(x), layer.self_attn
-            q, k, v = (p(h).view(len(x), heads, -1).transpose(0, 1) for p in (a.q_proj, a.k_proj, a.v_proj))
+            q, k, v = (
+                p(h).view(len(x), heads, -1).transpose(0, 1) for p in (a.q_proj, a.k_proj, a.v_proj)
+            )
             scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
             size = torch.tensor([float(len(p)) for p in positions])
             weight = scores.exp() * size  # Eq. 5 without a logarithm: |P| times the exponential
-            x = x + a.out_proj((weight / weight.sum(-1, keepdim=True) @ v).transpose(0, 1).flatten(1))
-            score, partner = match(k.mean(0), clip)
+            x = x + a.out_proj(
+                (weight / weight.sum(-1, keepdim=True) @ v).transpose(0, 1).flatten(1)
+            )
+            score, partner = match(cosine(k.mean(0)), clip)
             keep = (score > tau).tolist()
             if any(keep):
                 x, positions = merged_by_sets(x, positions, partner.tolist(), keep)
@@ -175,54 +178,28 @@ def encoder_by_sets(tower, pixels, thresholds):
 @pytest.mark.parametrize("budget", [(2, 2, 2), (4, 3, 2), (6, 3, 1)])
 def test_eq1_to_eq5_encoder_equals_token_by_token(saved, llava, images, budget):
     found = find_thresholds(llava.vision_tower, images, budget, 6)
-    thresholds = tuple(tau + 1e-4 for tau in found)  # off the score of the edge that each was read from
-    tower = LlavaForConditionalGeneration.from_pretrained(saved, dtype=torch.float32).eval().model.vision_tower
+    thresholds = tuple(
+        tau + 1e-4 for tau in found
+    )  # off the score of the edge that each was read from
+    tower = (
+        LlavaForConditionalGeneration.from_pretrained(saved, dtype=torch.float32)
+        .eval()
+        .model.vision_tower
+    )
     for image in images:
         x, token_at = llava.vision_tower(image, DyMU(thresholds=thresholds))
         expected, positions = encoder_by_sets(tower, image, thresholds)
         torch.testing.assert_close(x, expected[1:], rtol=1e-4, atol=1e-5)
-        assert [{p + 1 for p in (token_at == t).nonzero().flatten().tolist()} for t in range(len(x))] == positions[1:]
+        assert [
+            {p + 1 for p in (token_at == t).nonzero().flatten().tolist()} for t in range(len(x))
+        ] == positions[1:]
         assert positions[0] == {0}
-
-
-@pytest.mark.parametrize("r", [(2, 2, 2), (5, 2, 0)])
-def test_eq4_thresholds_merge_r_per_image_on_their_own_batch(llava, images, r):
-    """Also: an image alone goes through the same merges as in the batch."""
-    tower = llava.vision_tower
-    thresholds = find_thresholds(tower, images, r, len(images))
-    for layers in range(1, 4):  # layer by layer: what r_1 ... r_i were to leave
-        upto = thresholds[:layers] + (1.0,) * (3 - layers)
-        left = [len(tower(image, DyMU(thresholds=upto))[0]) for image in images]
-        assert sum(left) == len(images) * (16 - sum(r[:layers]))
-    counts = [len(tower(image, DyMU(thresholds=thresholds))[0]) for image in images]
-    assert min(counts) < 16 - sum(r) < max(counts)  # plain pictures give up more tokens, busy ones fewer
-
-
-def test_eq4_is_the_first_edge_left_out_averaged_over_batches(llava, images):
-    tower, r = llava.vision_tower, (3, 0, 0)
-    scores = []
-    for image in images:
-        x, size, token_at = tower.embed(image)
-        scores.append(match(tower.layers[0].attend(x, size, token_at)[1])[0])
-    expected = [torch.cat(scores[i : i + 2]).sort(descending=True).values[6].item() for i in (0, 2, 4)]
-    found = find_thresholds(tower, iter(images), r, 2)
-    assert found == (pytest.approx(sum(expected) / 3), 1.0, 1.0)
-    assert find_thresholds(tower, images, (99, 0, 0), 6)[0] == 0.0  # more than there are edges: floored
-    with pytest.raises(ValueError, match="no images"):
-        find_thresholds(tower, [], r, 2)
-    with pytest.raises(ValueError, match="2 r given"):
-        find_thresholds(tower, images, (1, 1), 2)
 
 
 def test_tome_leaves_the_same_number_for_every_image(llava, images):
     for image in images:
         x, token_at = llava.vision_tower(image, DyMU(r=(3, 2, 4)))
         assert len(x) == 16 - 9 and len(token_at) == 16
-
-
-def test_presets_of_clip_l_are_those_of_the_paper():
-    for r, left in ((21, 93), (16, 208), (8, 392)):
-        assert schedule(576 - left, 23) == (r,) * 23
 
 
 def test_an_unreachable_threshold_is_the_plain_model_bit_for_bit(llava, ids, images):
@@ -258,23 +235,26 @@ def decoder_by_expansion(llava, rows, token_at, queries):
     c, x = llava.config.text_config, rows
     N, (cos, sin) = len(token_at), rope_table(len(token_at), c, rows.device)
     lists = [(token_at == t).nonzero().flatten().tolist() for t in range(len(rows))]
-    lists = [p if queries is None else spread(p, queries) for p in lists]
+    lists = [p if queries is None else evenly(p, queries) for p in lists]
     future = torch.ones(N, N).triu(1).bool()
     for layer in llava.language_model.layers:
         h = layer.input_layernorm(x)[token_at]
-        q, k, v = (p(h).view(N, -1, c.head_dim).transpose(0, 1) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+        q, k, v = (
+            p(h).view(N, -1, c.head_dim).transpose(0, 1)
+            for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
         k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))
         scores = rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(1, 2) / math.sqrt(c.head_dim)
         out = (scores.masked_fill(future, -math.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
         x = x + layer.o_proj(torch.stack([out[p].mean(0) for p in lists]))
         h = layer.post_attention_layernorm(x)
         x = x + layer.down_proj(F.silu(layer.gate_proj(h)) * layer.up_proj(h))
-    return llava.head(llava.language_model.norm(x))
+    return llava.logits(llava.language_model.norm(x))
 
 
 @pytest.mark.parametrize("queries", [None, 1, 3])
 def test_eq10_eq11_merged_logits_equal_expand_rotate_attend_average(llava, ids, images, queries):
-    settings = DyMU(r=MERGED.r, queries=queries)
+    settings = DyMU(r=MERGED.r, queries=queries and spread(queries))
     for image in images[::2]:
         rows, token_at = llava.splice(ids, llava.encode(image, settings))
         assert len(token_at) == 15 + len(ids) and len(rows) == 6 + len(ids)
@@ -282,21 +262,22 @@ def test_eq10_eq11_merged_logits_equal_expand_rotate_attend_average(llava, ids, 
         torch.testing.assert_close(llava(ids, image, settings), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [DyMU(), MERGED, DyMU(r=MERGED.r, queries=1), DyMU(r=MERGED.r, queries=3)])
+@pytest.mark.parametrize(
+    "settings",
+    [DyMU(), MERGED, DyMU(r=MERGED.r, queries=spread(1)), DyMU(r=MERGED.r, queries=spread(3))],
+)
 def test_cached_decoding_equals_one_pass(llava, ids, pixels, settings):
     visual = llava.encode(pixels, settings)
     rows, token_at = llava.splice(ids, visual)
     more = torch.tensor([7, 100, 42, 8])
-    cache = llava.new_cache(len(rows) + len(more))
-    angles = rope_table(len(token_at) + len(more), llava.config.text_config, rows.device)
+    cache = KVCache()
     stepped = []
     for i, new in enumerate([rows, *llava.language_model.embed_tokens(more)[:, None]]):
         at = torch.cat((token_at, torch.arange(len(rows), len(rows) + i)))
-        now = [t[: len(at)] for t in angles]
-        stepped.append(llava.language_model(new, at, *now, settings.queries, cache))
+        stepped.append(llava.language_model(new, at, cache, settings.queries))
     assert cache.rows == len(rows) + len(more)
     whole = llava(torch.cat((ids, more)), pixels, settings)
-    torch.testing.assert_close(llava.head(torch.cat(stepped)), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(llava.logits(torch.cat(stepped)), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_vtu_is_closer_to_the_full_model_than_fewer_tokens_alone(llava, ids):
@@ -319,35 +300,34 @@ def test_vtu_off_is_the_plain_decoder_on_fewer_rows(llava, ids, pixels):
 
 def test_cache_holds_unique_rows_only():
     c = TextConfig()  # the shape of LLaVA-1.5-7B's decoder
-    like = torch.empty(0, dtype=torch.bfloat16, device="meta")
     for tokens, mib in ((89, 44.5), (93, 46.5), (576, 288)):
-        cache = KVCache(c, 700, like)
-        cache.rows = tokens
+        cache = KVCache()
+        for layer in range(c.num_hidden_layers):
+            shape = (c.num_key_value_heads, tokens, c.head_dim)
+            k = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            cache.append(layer, k, k)
         assert cache.bytes == mib * 2**20
-
-
-def test_cache_is_no_longer_than_the_positions(llava):
-    assert llava.new_cache(10**9).kv.shape[3] == llava.config.text_config.max_position_embeddings
 
 
 def test_cache_of_a_merged_prompt(llava, ids, pixels):
     sizes = []
     for settings in (DyMU(), MERGED):
         rows, token_at = llava.splice(ids, llava.encode(pixels, settings))
-        cache = llava.new_cache(len(rows) + 3)
+        cache = KVCache()
         list(llava.decode(rows, token_at, cache, max_new_tokens=3, eos=()))
-        assert cache.bytes == (len(rows) + 2) * 3 * 2 * 2 * 16 * 4  # rows, layers, k and v, kv heads, head_dim, bytes
+        assert (
+            cache.bytes == (len(rows) + 2) * 3 * 2 * 2 * 16 * 4
+        )  # rows, layers, k and v, kv heads, head_dim, bytes
         sizes.append(cache.rows)
     assert sizes[0] - sizes[1] == sum(MERGED.r)
 
 
 def test_an_expanded_cache_gives_the_same_answer_from_more_memory(llava, ids, pixels):
     rows, token_at = llava.splice(ids, llava.encode(pixels, MERGED))
-    caches = [llava.new_cache(len(rows) + 8) for _ in range(2)]
-    unique, expanded = (
-        list(llava.decode(rows, token_at, cache, max_new_tokens=8, eos=(), expand=expand))
-        for cache, expand in zip(caches, (False, True))
-    )
+    caches = [KVCache(), KVCache()]
+    unique = list(llava.decode(rows, token_at, caches[0], max_new_tokens=8, eos=()))
+    last = prefill_expanded(llava, rows, token_at, caches[1])
+    expanded = list(llava.decode(*last, caches[1], max_new_tokens=8, eos=()))
     assert unique == expanded
     assert (caches[0].rows, caches[1].rows) == (len(rows) + 7, len(token_at) + 7)
     assert caches[1].bytes == caches[0].bytes // caches[0].rows * caches[1].rows
@@ -356,14 +336,21 @@ def test_an_expanded_cache_gives_the_same_answer_from_more_memory(llava, ids, pi
 def test_generation_ends_with_an_eos_which_it_yields(llava, ids, pixels):
     free = list(llava.generate(ids, pixels, max_new_tokens=8, eos=()))
     stop = free[3]
-    assert list(llava.generate(ids, pixels, max_new_tokens=8, eos=stop)) == free[: free.index(stop) + 1]
-    assert list(llava.generate(ids, pixels, max_new_tokens=8, eos=(stop, 1))) == free[: free.index(stop) + 1]
+    assert (
+        list(llava.generate(ids, pixels, max_new_tokens=8, eos=stop))
+        == free[: free.index(stop) + 1]
+    )
+    assert (
+        list(llava.generate(ids, pixels, max_new_tokens=8, eos=(stop, 1)))
+        == free[: free.index(stop) + 1]
+    )
     assert list(llava.generate(ids, pixels, max_new_tokens=2, eos=())) == free[:2]
 
 
 def test_sampling_repeats_with_its_seed(llava, ids, pixels):
     def draw(seed, temperature=2.0):
-        return list(llava.generate(ids, pixels, MERGED, 12, eos=(), temperature=temperature, seed=seed))
+        pick = sampler(temperature, seed, "cpu")
+        return list(llava.generate(ids, pixels, MERGED, 12, eos=(), pick=pick))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)

@@ -12,9 +12,10 @@ import torch
 from checkpoints import CLASSES
 
 import demo
-from anyres import Picture, positions
+from extras.anyres import Picture, positions
+from extras.families import CHATS
 from lab.loading import write_tensors
-from load import PROMPTS, load_model
+from load import load_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,24 +33,45 @@ def test_files_exist_and_line_counts_hold():
         assert (ROOT / link).exists(), link
 
 
-LARGE = dict(model_type="clip_vision_model", hidden_size=1024, image_size=336, intermediate_size=4096)
+LARGE = dict(
+    model_type="clip_vision_model", hidden_size=1024, image_size=336, intermediate_size=4096
+)
 LARGE |= dict(num_attention_heads=16, num_hidden_layers=24, patch_size=14, projection_dim=768)
-SO400M = dict(model_type="siglip_vision_model", hidden_size=1152, image_size=384, intermediate_size=4304)
+SO400M = dict(
+    model_type="siglip_vision_model", hidden_size=1152, image_size=384, intermediate_size=4304
+)
 SO400M |= dict(num_attention_heads=16, num_hidden_layers=26, patch_size=14, vision_use_head=False)
-VICUNA_7B = dict(model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-5, vocab_size=32064)
-VICUNA_13B = VICUNA_7B | dict(hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=40)
-MISTRAL_7B = dict(model_type="mistral", max_position_embeddings=32768, num_key_value_heads=8, rope_theta=1e6)
+VICUNA_7B = dict(
+    model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-5, vocab_size=32064
+)
+VICUNA_13B = VICUNA_7B | dict(
+    hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=40
+)
+MISTRAL_7B = dict(
+    model_type="mistral", max_position_embeddings=32768, num_key_value_heads=8, rope_theta=1e6
+)
 MISTRAL_7B |= dict(rms_norm_eps=1e-5, vocab_size=32064, sliding_window=None)
 QWEN = dict(model_type="qwen2", max_position_embeddings=32768, rope_theta=1e6)
-INTERLEAVE = dict(vision_config=SO400M, vision_feature_layer=-1, vision_feature_select_strategy="full")
+INTERLEAVE = dict(
+    vision_config=SO400M, vision_feature_layer=-1, vision_feature_select_strategy="full"
+)
 
 
-def qwen(hidden_size, intermediate_size, num_attention_heads, num_hidden_layers, num_key_value_heads, vocab_size):
+def qwen(
+    hidden_size,
+    intermediate_size,
+    num_attention_heads,
+    num_hidden_layers,
+    num_key_value_heads,
+    vocab_size,
+):
     return QWEN | locals()
 
 
 QWEN_05B = qwen(1024, 2816, 16, 24, 16, 152000) | dict(tie_word_embeddings=True)
-QWEN_7B = QWEN | dict(intermediate_size=11008, vocab_size=152000)  # its other sizes are defaults, and left out
+QWEN_7B = QWEN | dict(
+    intermediate_size=11008, vocab_size=152000
+)  # its other sizes are defaults, and left out
 QWEN2_05B = qwen(896, 4864, 14, 24, 2, 152000) | dict(tie_word_embeddings=True)
 QWEN2_7B = qwen(3584, 18944, 28, 28, 4, 152128)
 CHECKPOINTS = {  # the config.json of each, as far as it says something about shapes
@@ -57,14 +79,26 @@ CHECKPOINTS = {  # the config.json of each, as far as it says something about sh
     "llava-hf/llava-1.5-13b-hf": ("llava", dict(vision_config=LARGE, text_config=VICUNA_13B)),
     "llava-hf/llava-interleave-qwen-0.5b-hf": ("llava", INTERLEAVE | dict(text_config=QWEN_05B)),
     "llava-hf/llava-interleave-qwen-7b-hf": ("llava", INTERLEAVE | dict(text_config=QWEN_7B)),
-    "llava-hf/llava-v1.6-vicuna-7b-hf": ("llava_next", dict(vision_config=LARGE, text_config=VICUNA_7B)),
-    "llava-hf/llava-v1.6-vicuna-13b-hf": ("llava_next", dict(vision_config=LARGE, text_config=VICUNA_13B)),
-    "llava-hf/llava-v1.6-mistral-7b-hf": ("llava_next", dict(vision_config=LARGE, text_config=MISTRAL_7B)),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": (
+        "llava_next",
+        dict(vision_config=LARGE, text_config=VICUNA_7B),
+    ),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": (
+        "llava_next",
+        dict(vision_config=LARGE, text_config=VICUNA_13B),
+    ),
+    "llava-hf/llava-v1.6-mistral-7b-hf": (
+        "llava_next",
+        dict(vision_config=LARGE, text_config=MISTRAL_7B),
+    ),
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (
         "llava_onevision",
         dict(vision_config=SO400M, text_config=QWEN2_05B, tie_word_embeddings=True),
     ),
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf": ("llava_onevision", dict(vision_config=SO400M, text_config=QWEN2_7B)),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": (
+        "llava_onevision",
+        dict(vision_config=SO400M, text_config=QWEN2_7B),
+    ),
 }
 ROW = r"^\| `(llava-hf/[\w.-]+)` \| (CLIP|SigLIP) .+ \| (.+) \| ([\d.]+) B \| ([\d.]+) GB \| (\d+) \|$"
 
@@ -77,8 +111,12 @@ def test_every_supported_checkpoint_loads_by_shape(tmp_path, name):
     with torch.device("meta"):
         theirs = CLASSES[family][1](CLASSES[family][0](**config))
     tied = config.get("tie_word_embeddings") or config["text_config"].get("tie_word_embeddings")
-    tensors = [pair for pair in theirs.state_dict().items() if not (tied and pair[0] == "lm_head.weight")]
-    shards = {f"model-{i:04}.safetensors": dict(tensors[i : i + 100]) for i in range(0, len(tensors), 100)}
+    tensors = [
+        pair for pair in theirs.state_dict().items() if not (tied and pair[0] == "lm_head.weight")
+    ]
+    shards = {
+        f"model-{i:04}.safetensors": dict(tensors[i : i + 100]) for i in range(0, len(tensors), 100)
+    }
     for shard, part in shards.items():
         write_tensors(tmp_path / shard, part)
     index = {"weight_map": {key: shard for shard, part in shards.items() for key in part}}
@@ -86,33 +124,51 @@ def test_every_supported_checkpoint_loads_by_shape(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family, **config)))
     llava = load_model(tmp_path, "cpu", "bfloat16", only="none")
     n, c = sum(p.numel() for p in llava.parameters()), llava.config
-    photo = Picture(None, (960, 1280)) if c.image_grid_pinpoints else torch.zeros(3, 1, 1)
+    photo = torch.zeros(3, 1, 1) if family == "llava" else Picture(None, (960, 1280))
     tower = "CLIP" if c.vision_config.class_token else "SigLIP"
-    decoder = dict(llama="Vicuna", mistral="Mistral").get(config["text_config"]["model_type"], "Qwen")
+    decoder = dict(llama="Vicuna", mistral="Mistral").get(
+        config["text_config"]["model_type"], "Qwen"
+    )
     assert row[0] == tower and row[1].startswith(decoder)
     assert row[2:] == (f"{n / 1e9:.2f}", f"{2 * n / 1e9:.1f}", str(positions(photo, c)))
 
 
 def test_the_table_of_checkpoints_has_no_other_rows():
-    assert len(PROMPTS) == 5 and "one of\nthe five in `load.py`" in README
+    assert len(CHATS) == 5 and "one of\nthe five in `extras/families.py`" in README
     assert [row[0] for row in re.findall(ROW, README, re.M)] == list(CHECKPOINTS)
     assert README.count("| `llava-hf/") == len(CHECKPOINTS)
 
 
 def test_every_equation_names_a_function_and_a_test_that_exist():
     rows = re.findall(r"^\| .+ \| `([\w.]+)` \| `(test_\w+)` \|$", README, re.M)
-    modules = [importlib.import_module(name) for name in ("dymu", "anyres", "model")]
+    modules = [
+        importlib.import_module(name)
+        for name in (
+            "dymu",
+            "model",
+            "extras.thresholds",
+            "extras.sampled",
+            "extras.anyres",
+            "extras.video",
+        )
+    ]
     assert len(rows) >= 10
     for function, test in rows:
         owner, *attribute = function.split(".")
-        assert any(hasattr(m, owner) and all(hasattr(getattr(m, owner), a) for a in attribute) for m in modules), (
-            function
-        )
+        assert any(
+            hasattr(m, owner) and all(hasattr(getattr(m, owner), a) for a in attribute)
+            for m in modules
+        ), function
         assert f"def {test}(" in TESTS, test
 
 
 def test_the_two_commands_are_those_of_ci_and_the_extras_exist():
-    extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n\n")[0]
+    extras = (
+        (ROOT / "pyproject.toml")
+        .read_text()
+        .split("[project.optional-dependencies]")[1]
+        .split("\n\n")[0]
+    )
     assert "pip install -e . && python demo.py\n" in README
     assert "pip install -e '.[test]' && pytest\n" in README
     assert "-e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
@@ -140,7 +196,13 @@ def test_the_python_example_runs(capsys, monkeypatch):
 
 
 def test_options_that_are_named_exist(capsys):
-    others = {"--full", "--shape", "--clip", "--nproc-per-node", "--index-url"}  # of lab, torchrun and pip
+    others = {
+        "--full",
+        "--shape",
+        "--clip",
+        "--nproc-per-node",
+        "--index-url",
+    }  # of lab, torchrun and pip
     options = set(re.findall(r"`?(--[a-z][a-z-]+)", README)) - others
     help_text = demo_help(capsys)
     assert all(option in help_text for option in options), options
@@ -152,7 +214,9 @@ def demo_help(capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, file", [("ablate", "ablate"), ("bench", "bench-tiny-llava"), ("bench", "bench-long")])
+@pytest.mark.parametrize(
+    "name, file", [("ablate", "ablate"), ("bench", "bench-tiny-llava"), ("bench", "bench-long")]
+)
 def test_tables_are_those_of_the_json(name, file):
     table = importlib.import_module(f"lab.{name}").table
     assert table(json.loads((ROOT / "lab" / f"{file}.json").read_text())) in README

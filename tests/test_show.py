@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkpoints import make
+from checkpoints import FAMILIES, SIZES, clip, make, picture
 from PIL import Image
-from test_families import FAMILIES, SIZES, clip, picture
 
-import show
-from anyres import cut
+from extras import show
+from extras.anyres import cut
 from load import load
 
 
@@ -28,7 +27,7 @@ def test_each_patch_has_its_own_token_at_full_length(tmp_path):
         c, g = llava.config, llava.config.vision_config.grid
         shown = [processor.image(picture(SIZES["wide"]))]
         (drawn,) = show.patches(c, shown, llava.encode(shown))
-        if not c.image_grid_pinpoints:
+        if "llava," in name:
             assert torch.equal(drawn, square_numbers(0, g, g, g))
         else:  # the tiles, behind the whole, with a newline at the end of each row
             h, w = cut(shown[0].size, c)[2]
@@ -38,7 +37,9 @@ def test_each_patch_has_its_own_token_at_full_length(tmp_path):
         drawn = show.patches(c, video, llava.encode(video))
         p = drawn[0].shape[0]
         step = p * p + ("llava_next" in name)
-        assert [d.tolist() for d in drawn] == [square_numbers(f * step, p, p, p).tolist() for f in range(3)]
+        assert [d.tolist() for d in drawn] == [
+            square_numbers(f * step, p, p, p).tolist() for f in range(3)
+        ]
         assert p == (4 if name == "llava_onevision" else g)
 
 
@@ -51,21 +52,33 @@ def test_the_class_token_is_not_drawn(tmp_path):
 
 def test_what_stood_before_is_faded_and_what_merged_is_flat():
     view = picture((40, 40))
-    first, same, other = torch.tensor([[0, 0], [1, 2]]), torch.tensor([[0, 3], [1, 2]]), torch.tensor([[4, 5], [6, 7]])
+    first, same, other = (
+        torch.tensor([[0, 0], [1, 2]]),
+        torch.tensor([[0, 3], [1, 2]]),
+        torch.tensor([[4, 5], [6, 7]]),
+    )
     a, b, c = map(numbers, show.merged([view] * 3, [first, same, other]))
     original = numbers(view)
     inside = slice(2, 18), slice(22, 38)  # of a patch, away from lines
-    assert torch.equal(a[22:38, 2:18], original[22:38, 2:18])  # a patch that kept a token of its own
+    assert torch.equal(
+        a[22:38, 2:18], original[22:38, 2:18]
+    )  # a patch that kept a token of its own
     mean = original[:20].float().mean((0, 1)).round()
     assert torch.equal(a[inside], mean.int().expand(16, 16, 3).to(a))  # a merged one
-    assert (b[22:38, 2:18] - (0.2 * original[22:38, 2:18] + 0.8 * 255)).abs().max() <= 1  # it stood there before
+    assert (
+        b[22:38, 2:18] - (0.2 * original[22:38, 2:18] + 0.8 * 255)
+    ).abs().max() <= 1  # it stood there before
     assert torch.equal(b[inside], original[inside])  # new in the second picture
-    assert torch.equal(c[2:18, 2:18], original[2:18, 2:18]) and torch.equal(c[inside], original[inside])
+    assert torch.equal(c[2:18, 2:18], original[2:18, 2:18]) and torch.equal(
+        c[inside], original[inside]
+    )
 
 
 def test_tall_pictures_stay_on_a_screen():
     report = SimpleNamespace(answer="yes", visual_tokens=9, virtual_tokens=900)
-    drawn = show.draw([picture((20, 900))], [("low", [torch.arange(300).view(150, 2)], report)], "what?")
+    drawn = show.draw(
+        [picture((20, 900))], [("low", [torch.arange(300).view(150, 2)], report)], "what?"
+    )
     assert drawn.height < 1400
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import demo
-from budgets import read_thresholds
 from dymu import DyMU
+from extras.thresholds import read_thresholds
+from extras.video import encode, read_frames
 from lab.scenes import HELD_OUT, scene
 from load import load
 
@@ -26,7 +27,10 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def budgets(tiny):
-    return {b: DyMU(thresholds=read_thresholds(b, TINY, tiny[0].config)[0]) for b in ("low", "mid", "high")}
+    return {
+        b: DyMU(thresholds=read_thresholds(b, TINY, tiny[0].config)[0])
+        for b in ("low", "mid", "high")
+    }
 
 
 def say(tiny, picture, question, settings=None):
@@ -40,8 +44,12 @@ def test_it_is_small_and_of_the_shape_of_llava():
     config = json.loads((TINY / "config.json").read_text())
     vision, text = config["vision_config"], config["text_config"]
     assert (config["model_type"], config["vision_feature_layer"]) == ("llava", -2)
-    assert (vision["image_size"] // vision["patch_size"]) ** 2 >= 256 and vision["num_hidden_layers"] >= 8
-    assert text["num_hidden_layers"] >= 4 and text["num_key_value_heads"] < text["num_attention_heads"]
+    assert (vision["image_size"] // vision["patch_size"]) ** 2 >= 256 and vision[
+        "num_hidden_layers"
+    ] >= 8
+    assert (
+        text["num_hidden_layers"] >= 4 and text["num_key_value_heads"] < text["num_attention_heads"]
+    )
 
 
 def test_transformers_gives_the_same_answers(tiny):
@@ -51,10 +59,17 @@ def test_transformers_gives_the_same_answers(tiny):
         drawn = scene(HELD_OUT + seed, level)
         for _, question, _ in drawn.questions[:4]:
             content = [{"type": "image"}, {"type": "text", "text": question}]
-            prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            prompt = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
             inputs = processor(images=drawn.image, text=prompt, return_tensors="pt")
-            ids = reference.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-            assert say(tiny, drawn.image, question) == processor.decode(ids, skip_special_tokens=True).strip()
+            ids = reference.generate(**inputs, max_new_tokens=128, do_sample=False)[
+                0, inputs["input_ids"].shape[1] :
+            ]
+            assert (
+                say(tiny, drawn.image, question)
+                == processor.decode(ids, skip_special_tokens=True).strip()
+            )
 
 
 @pytest.mark.parametrize(
@@ -80,14 +95,19 @@ def test_token_counts_grow_from_the_blank_scene_to_the_cluttered_one(tiny, budge
         mean = []
         for level in (0.0, 0.5, 1.0):
             pictures = [scene(HELD_OUT + seed, level).image for seed in range(5)]
-            mean.append(sum(len(llava.vision_tower(processor.image(p), settings)[0]) for p in pictures) / 5)
+            mean.append(
+                sum(len(llava.vision_tower(processor.image(p), settings)[0]) for p in pictures) / 5
+            )
         assert mean[0] < mean[1] < mean[2]
 
 
 def test_its_thresholds_leave_what_the_presets_say():
     found = json.loads((TINY / "thresholds.json").read_text())
     for budget, left in (("low", 41), ("mid", 92), ("high", 174)):
-        assert found[budget]["images"] >= 500 and abs(found[budget]["tokens_mean"] - left) < 0.05 * left
+        assert (
+            found[budget]["images"] >= 500
+            and abs(found[budget]["tokens_mean"] - left) < 0.05 * left
+        )
 
 
 def test_the_demo_without_arguments(capsys, tmp_path, monkeypatch):
@@ -107,8 +127,11 @@ def test_a_question_in_any_script_is_accepted(tiny):
 
 def test_the_clip_of_the_readme(tiny):
     llava, processor = tiny
-    video = processor.video(TINY / "clip.gif", 3)
-    new = [len(x) for x, _ in llava.encode(video, DyMU(temporal=0.9))]
+    video = processor.video(read_frames(TINY / "clip.gif", 3))
+    new = [len(x) for x, _ in encode(llava, video, DyMU(), temporal=0.9)]
     readme = (TINY.parent / "README.md").read_text()
-    assert f"{new[0]} tokens of the first frame, {new[1]} and {new[2]} more for the second and third" in readme
+    assert (
+        f"{new[0]} tokens of the first frame, {new[1]} and {new[2]} more for the second and third"
+        in readme
+    )
     assert f"{sum(new)} in the place of {3 * 256}." in readme
