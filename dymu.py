@@ -37,13 +37,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def average(x: Tensor, size: Tensor, goes_to: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Averages the rows of x that go to the same place, each counted size times.
+def average(x: Tensor, goes_to: Tensor, n: int, size: Tensor | None = None):
+    """Averages the rows of x that go to the same place, each counted size times, or once.
 
-    x (..., N, D), size (N,), goes_to (N,) with values below n
+    x (..., N, D), goes_to (N,) with values below n, size (N,)
     -> (..., n, D), and the sizes added up, (n,)
     """
-    wide = at_least_float32(x) * size[:, None]
+    wide = at_least_float32(x)
+    if size is None:
+        size = wide.new_ones(len(goes_to))
+    else:
+        wide = wide * size[:, None]
+
     total = wide.new_zeros(*x.shape[:-2], n, x.shape[-1]).index_add(-2, goes_to, wide)
     size = size.new_zeros(n).index_add(0, goes_to, size)
     return (total / size[:, None]).to(x.dtype), size
@@ -102,9 +107,7 @@ def match(similarity: Tensor, class_token: bool = True) -> tuple[Tensor, Tensor]
     return score, partner
 
 
-def merge(
-    x: Tensor, size: Tensor, token_at: Tensor, partner: Tensor, chosen: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge(x: Tensor, size: Tensor, token_at: Tensor, partner: Tensor, chosen: Tensor):
     """Merges each chosen token of A into its partner in B.
 
     x (N_i, D), size (N_i,), token_at (N,) -> the same for the tokens that are left
@@ -129,7 +132,7 @@ def merge(
     goes_to[1::2] = torch.arange(n_stay, n_left, device=x.device)
 
     # Eq. 1, for all that meet in one token at once
-    x, size = average(x, size, goes_to, n_left)
+    x, size = average(x, goes_to, n_left, size)
 
     # Eq. 2 and 3: each position follows its token, so that P[t] joins P[t_B]
     token_at = goes_to[token_at]
@@ -198,8 +201,7 @@ def remerge(x: Tensor, token_at: Tensor, N_un: int) -> Tensor:
     x (..., N, D) -> (..., N_un, D)
     This is the one approximation of VTU: a full model's outputs differ from position to position.
     """
-    once = torch.ones(len(token_at), device=x.device)
-    return average(x, once, token_at, N_un)[0]
+    return average(x, token_at, N_un)[0]
 
 
 def rope_scores(q: Tensor, k: Tensor, token_at: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -279,9 +281,7 @@ def best(score: Tensor, k: int) -> Tensor:
 # ---- Attention by PyTorch's fused kernels ----
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
+def attention(q, k, v, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v
 
     q (H, Q, d), k and v (H_kv, K, d), where H is a multiple of H_kv -> (H, Q, d)

@@ -271,9 +271,7 @@ class DecoderLayer(nn.Module):
         self.act = ACTIVATIONS[c.hidden_act]
         self.down_proj = nn.Linear(c.intermediate_size, D, bias=c.mlp_bias)
 
-    def forward(
-        self, x, token_at: Tensor | None, cos, sin, query_at: Tensor | None, cache: KVCache
-    ) -> Tensor:
+    def forward(self, x: Tensor, token_at, cos, sin, query_at, cache: KVCache) -> Tensor:
         """x (R, D) -> (R, D)
 
         token_at, cos, sin, query_at: as in `vtu_attention`; token_at=None makes it plain Llama.
@@ -331,8 +329,10 @@ class Llama(nn.Module):
         if len(x) < N - past:
             query_at = torch.arange(past, N, device=x.device)
             if queries is not None:
-                query_at = queries(token_at)
+                query_at = queries(token_at).sort().values
                 query_at = query_at[query_at >= past]
+                each = token_at[query_at].unique()
+                assert len(each) == len(x), "queries must give a position of each token"
 
         for layer in self.layers:
             x = layer(x, None if plain else token_at, cos, sin, query_at, cache)
@@ -460,7 +460,7 @@ class Llava(nn.Module):
         for _ in range(max_new_tokens):
             cached = cache.rows
             x = self.language_model(rows, token_at, cache, queries)
-            last = x[token_at[-1] - cached]
+            last = x[token_at[-1] - cached]  # the row at the last position
             id = int(pick(self.logits(last)))
             yield id
 
@@ -490,15 +490,13 @@ class Llava(nn.Module):
                 visual.append(picture.encode(self, settings))
         return visual
 
-    def splice(
-        self, ids: Tensor, visual: list[tuple[Tensor, Tensor]], vtu: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def splice(self, ids: Tensor, visual: list, vtu: bool = True) -> tuple[Tensor, Tensor]:
         """Puts the rows of each picture in the place of its placeholder in ids.
 
         ids (T,), visual: as `encode` gives it -> rows (R, D), token_at (N,)
-        A negative number in a picture's token_at is a row of a picture before it, counted back
-        from its own first. vtu=False: each row has one position. Raises ValueError for a prompt
-        that the model cannot take.
+        vtu=False: each row has one position. Raises ValueError for a prompt that the model cannot
+        take. A negative number in a picture's token_at is a row of a picture before it, counted
+        back from its own first: that row stands in both (extras/video.py).
         """
         embed = self.language_model.embed_tokens
         ids = torch.as_tensor(ids, device=embed.weight.device)
@@ -529,12 +527,10 @@ class Llava(nn.Module):
 
     def find_placeholders(self, ids: Tensor, pictures: int) -> list[int]:
         """Where in ids (T,) they are; ValueError if not as many as pictures, or for wrong ids."""
-        wanted = torch.tensor(self.config.placeholders, device=ids.device)
-        found = torch.isin(ids, wanted)
-        if int(found.sum()) != pictures:
-            raise ValueError(
-                f"{int(found.sum())} image placeholders in the prompt, {pictures} pictures given"
-            )
+        found = torch.isin(ids, torch.tensor(self.config.placeholders, device=ids.device))
+        n = int(found.sum())
+        if n != pictures:
+            raise ValueError(f"{n} image placeholders in the prompt, {pictures} pictures given")
 
         text = ids[~found]
         vocab = self.config.text_config.vocab_size

@@ -143,7 +143,7 @@ def join(visual: list[tuple[Tensor, Tensor]], threshold: float) -> list[tuple[Te
         size = torch.cat((size, torch.bincount(at).to(size)))
         if left < len(x):
             goes_to_all = torch.cat((torch.arange(n, device=x.device), goes_to))
-            x, size = average(x, size, goes_to_all, left)
+            x, size = average(x, goes_to_all, left, size)
 
         maps.append(goes_to[at])
         starts.append(n)
@@ -164,6 +164,21 @@ def encode(llava, pixels, settings: DyMU, temporal: float | None):
 
 
 # ---- Frames from files ----
+
+
+def read_any(path: str, frames: int) -> Image.Image | list[Image.Image]:
+    """A picture, or as many frames of a video"""
+    return read_frames(path, frames) if is_video(path) else read_picture(path)
+
+
+def see(processor, shown: list) -> list:
+    """Pictures, and videos as lists of frames -> what `Llava.encode` takes"""
+    several = sum(isinstance(one, Image.Image) for one in shown) > 1
+    pixels = []
+    for one in shown:
+        seen = processor.video(one) if isinstance(one, list) else processor.image(one, several)
+        pixels += as_list(seen)
+    return pixels
 
 
 def is_video(path) -> bool:

@@ -1,1 +1,4 @@
-"""What surrounds the core and is never imported by it: the drawn scenes, the training of tiny/, the experiments."""
+"""What surrounds the core and is never imported by it.
+
+The drawn scenes, the training of tiny/, the experiments.
+"""

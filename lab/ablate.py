@@ -1,15 +1,20 @@
-"""The paper's ablations on tiny/: how well it answers with merged visual tokens, with virtual unmerging and without.
+"""The paper's ablations on tiny/: how well it answers with merged visual tokens.
 
-    python -m lab.ablate              # under 3 minutes on 2 cores; writes lab/ablate.json and prints its tables
+With virtual unmerging and without.
+
+    python -m lab.ablate              # under 3 minutes on 2 cores; writes lab/ablate.json
+                                      # and prints its tables
     python -m lab.ablate --full       # 1000 scenes and all of easy-VQA's test split: half an hour
     python -m lab.ablate --render     # only prints the tables of lab/ablate.json
 
-An answer is right if each of its tokens, the end included, is the likeliest after the right ones before it: then, and
-only then, greedy decoding gives it, and one forward pass tells. A description is one answer, right as a whole or wrong.
+An answer is right if each of its tokens, the end included, is the likeliest after the right ones
+before it: then, and only then, greedy decoding gives it, and one forward pass tells. A description
+is one answer, right as a whole or wrong.
 
-Intervals are 95 % bootstrap intervals over pictures. Wilson's would take the questions of one picture for independent,
-but they share what the model saw of it; resampling whole pictures keeps that. All rows answer the same questions, so
-differences between rows are resampled in pairs. Where every answer of a cell is right its interval has no width.
+Intervals are 95 % bootstrap intervals over pictures. Wilson's would take the questions of one
+picture for independent, but they share what the model saw of it; resampling whole pictures keeps
+that. All rows answer the same questions, so differences between rows are resampled in pairs. Where
+every answer of a cell is right its interval has no width.
 """
 
 import argparse
@@ -73,15 +78,17 @@ def thresholds_on(folder: Path, r: tuple[int, ...], level: float | None) -> tupl
 
 
 def all_settings(folder: Path, pool: ProcessPoolExecutor) -> dict[str, DyMU]:
-    """The rows. The budgets' thresholds are the checkpoint's own if it has any; all others are found here."""
+    """The rows.
+
+    The budgets' thresholds are the checkpoint's own if it has any; all others are found here.
+    """
     config, own = read_config(folder), (folder / "thresholds.json").is_file()
     r = {budget: merges(budget, config) for budget in BUDGETS}
     jobs = {} if own else {budget: (r[budget], None) for budget in BUDGETS}
     for name, (kind, level) in OTHERS.items():
         jobs[name] = schedule(sum(r["mid"]), config.vision_layers, kind), level
-    found = dict(
-        zip(jobs, pool.map(functools.partial(thresholds_on, folder), *zip(*jobs.values())))
-    )
+    find_one = functools.partial(thresholds_on, folder)
+    found = dict(zip(jobs, pool.map(find_one, *zip(*jobs.values()))))
     found |= {budget: read_thresholds(budget, folder, config)[0] for budget in BUDGETS if own}
     ways = {f"ToMe {budget}": dict(r=r[budget]) for budget in BUDGETS}
     ways |= {f"DToMe {budget}": dict(thresholds=found[budget]) for budget in BUDGETS}
@@ -90,11 +97,8 @@ def all_settings(folder: Path, pool: ProcessPoolExecutor) -> dict[str, DyMU]:
         for way, merging in ways.items()
         for name, vtu in VTU.items()
     }
-    return (
-        {"full": DyMU()}
-        | rows
-        | {f"DToMe mid, VTU, {name}": DyMU(thresholds=found[name]) for name in OTHERS}
-    )
+    others = {f"DToMe mid, VTU, {name}": DyMU(thresholds=found[name]) for name in OTHERS}
+    return {"full": DyMU()} | rows | others
 
 
 def easy_list(split: str) -> list[tuple[str, list[tuple[str, str, str]]]]:
@@ -104,7 +108,10 @@ def easy_list(split: str) -> list[tuple[str, list[tuple[str, str, str]]]]:
 
 @torch.inference_mode()
 def examine(folder: Path, rows: dict[str, DyMU], picture) -> dict:
-    """picture: the seed of a scene, or a file and its questions. It is encoded once for each way of merging."""
+    """picture: the seed of a scene, or a file and its questions.
+
+    It is encoded once for each way of merging.
+    """
     llava, processor = loaded(folder, "cpu", "float32")
     if isinstance(picture, int):
         drawn = scene(picture)
@@ -114,14 +121,12 @@ def examine(folder: Path, rows: dict[str, DyMU], picture) -> dict:
     processor.view(image).save(jpeg, "JPEG")  # at Pillow's quality 75
     asked = []
     for _, question, answer in questions:
-        told = processor.tokenizer.encode(f" {answer}", add_special_tokens=False).ids + [
-            llava.config.eos_token_id[0]
-        ]
+        told = processor.tokenizer.encode(f" {answer}", add_special_tokens=False).ids
+        told = [*told, llava.config.eos_token_id[0]]
         asked.append((torch.cat((processor.prompt(question), torch.tensor(told[:-1]))), told))
     encode = functools.cache(lambda merging: llava.encode(pixels, merging))
-    found = dict(
-        questions=questions, bytes_per_pixel=jpeg.tell() / pixels[0].numel(), tokens={}, right={}
-    )
+    complexity = jpeg.tell() / pixels[0].numel()
+    found = dict(questions=questions, bytes_per_pixel=complexity, tokens={}, right={})
     for name, settings in rows.items():
         visual = encode(dataclasses.replace(settings, vtu=True, queries=None))
         found["tokens"][name], found["right"][name] = len(visual[0][0]), []
@@ -136,7 +141,10 @@ def examine(folder: Path, rows: dict[str, DyMU], picture) -> dict:
 
 
 def accuracy(pictures: list[dict], kinds, names: list[str]) -> Tensor:
-    """Right answers in % to questions of these kinds -> (1 + RESAMPLES, rows): of the pictures, then of resamples."""
+    """Right answers in % to questions of these kinds.
+
+    -> (1 + RESAMPLES, rows): of the pictures, then of resamples
+    """
     chosen = [
         [i for i, (kind, _, _) in enumerate(p["questions"]) if kind in kinds] for p in pictures
     ]
@@ -144,21 +152,18 @@ def accuracy(pictures: list[dict], kinds, names: list[str]) -> Tensor:
     right = torch.tensor(
         [[float(sum(p["right"][n][i] for i in c)) for n in names] for p, c in zip(pictures, chosen)]
     )
-    draw = torch.randint(
-        len(pictures), (RESAMPLES, len(pictures)), generator=torch.Generator().manual_seed(0)
-    )
-    times = torch.zeros(draw.shape).scatter_add_(
-        1, draw, torch.ones(draw.shape)
-    )  # how often each picture is drawn
+    n, generator = len(pictures), torch.Generator().manual_seed(0)
+    draw = torch.randint(n, (RESAMPLES, n), generator=generator)
+    # how often each picture is drawn
+    times = torch.zeros(draw.shape).scatter_add_(1, draw, torch.ones(draw.shape))
     times = torch.cat((torch.ones_like(times[:1]), times))
     return 100 * times @ right / (times @ asked)[:, None]
 
 
 def interval(values: Tensor) -> list[float]:
     """(1 + RESAMPLES,) -> the value and its 95 % interval"""
-    ends = values[1:].nanquantile(
-        torch.tensor([0.025, 0.975])
-    )  # nan: a resample without such questions
+    # nan: a resample without such questions
+    ends = values[1:].nanquantile(torch.tensor([0.025, 0.975]))
     return [round(v, 2) for v in (values[0].item(), *ends.tolist())]
 
 
@@ -237,7 +242,7 @@ def written(settings: DyMU) -> dict:
 
 
 def table(results: dict) -> str:
-    """The README's tables, from the content of the JSON file alone."""
+    """The tables of RESULTS.md, from the content of the JSON file alone."""
 
     def bracket(values, sign=""):
         return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*values, s=sign)
@@ -245,16 +250,13 @@ def table(results: dict) -> str:
     def tokens(mean, std):
         return f"{mean:.0f} ± {std:.0f}"
 
-    pictures, asked, blind, wide = (
-        results["pictures"],
-        results["asked"],
-        results["blind"],
-        ("scenes", "easy-VQA"),
-    )
+    pictures, asked, blind = results["pictures"], results["asked"], results["blind"]
+    wide = ("scenes", "easy-VQA")
     out = [
-        f"Right answers in %, on {pictures['scenes']} held-out scenes and {pictures['easy-VQA']} test pictures of "
-        "easy-VQA, with 95 % bootstrap intervals over pictures. Tokens: mean ± standard deviation over pictures. "
-        "Unless a row says otherwise, its schedule is constant and its thresholds are from scenes of all levels.",
+        f"Right answers in %, on {pictures['scenes']} held-out scenes and {pictures['easy-VQA']} "
+        "test pictures of easy-VQA, with 95 % bootstrap intervals over pictures. Tokens: mean ± "
+        "standard deviation over pictures. Unless a row says otherwise, its schedule is constant "
+        "and its thresholds are from scenes of all levels.",
         "",
         *head("", "tokens, scenes", "tokens, easy-VQA", *COLUMNS),
         line("questions", "", "", *(str(asked[c]) for c in COLUMNS)),
@@ -286,6 +288,21 @@ def table(results: dict) -> str:
     )
 
 
+def small_table(results: dict) -> str:
+    """The README's: with VTU and without, at low."""
+
+    def cell(name):
+        return "{:.1f} [{:.1f}, {:.1f}]".format(*results["rows"][name]["accuracy"]["scenes"])
+
+    out = head("right answers in %, at *low*", "tokens", "with VTU", "without")
+    out.append(line("full length", "256", cell("full"), ""))
+    for method in ("ToMe", "DToMe"):
+        mean, std = results["rows"][f"{method} low, VTU"]["tokens"]
+        cells = (cell(f"{method} low, {vtu}") for vtu in ("VTU", "no VTU"))
+        out.append(line(method, f"{mean:.0f} ± {std:.0f}", *cells))
+    return "\n".join(out)
+
+
 # ---- the command ----
 
 
@@ -299,24 +316,19 @@ def measure(a: argparse.Namespace) -> dict:
         rows = all_settings(folder, pool)
         for picture in pool.map(functools.partial(examine, folder, rows), [*scenes, *easy]):
             found.append(picture)
-            print(
-                f"\r{len(found)} of {len(scenes) + len(easy)} pictures",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+            done = f"\r{len(found)} of {len(scenes) + len(easy)} pictures"
+            print(done, end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    results = dict(
-        date=datetime.date.today().isoformat(), model=folder.resolve().name, first_seed=first
-    )
-    results |= dict(
-        weights_sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    )
+    today, sha256 = datetime.date.today().isoformat(), hashlib.sha256()
+    sha256.update((folder / "model.safetensors").read_bytes())
+    results = dict(date=today, model=folder.resolve().name, first_seed=first)
+    results |= dict(weights_sha256=sha256.hexdigest())
     results |= dict(pictures={"scenes": len(scenes), "easy-VQA": len(easy)})
     results |= dict(
         threshold_scenes=THRESHOLD_SCENES, blind_scenes=BLIND_SCENES, resamples=RESAMPLES
     )
-    cpu = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+    cpu += torch.backends.cpu.get_cpu_capability()
     results |= dict(
         machine=cpu, processes=a.processes, threads_per_process=1, python=platform.python_version()
     )
@@ -358,7 +370,7 @@ def main() -> None:
             raise ValueError(f"--save: there is no {a.save if a.render else a.save.parent}")
         if not a.render:
             save(measure(a), a.save, depth=2)
-        print(table(read_json(a.save)))
+        print(small_table(read_json(a.save)), table(read_json(a.save)), sep="\n\n")
     except (ValueError, OSError) as e:
         p.error(one_line(e))
 

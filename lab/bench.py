@@ -1,16 +1,23 @@
-"""What merging saves in time and memory: our model beside transformers', on the same weight tensors, in one process.
+"""What merging saves in time and memory: our model beside transformers'.
 
-    python -m lab.bench                          # tiny-llava, 6 to 8 minutes on 2 cores; lab/bench-tiny-llava.json
+Both are on the same weight tensors, in one process.
+
+    python -m lab.bench                          # tiny-llava, 6 to 8 minutes on 2 cores;
+                                                 # writes lab/bench-tiny-llava.json
     python -m lab.bench --shape llava-1.5-7b     # 14 GB of weights: for a GPU, or for patience
-    python -m lab.bench --shape long             # VTU attention alone: 2880 visual tokens, of which 450 are left
+    python -m lab.bench --shape long             # VTU attention alone: 2880 visual tokens,
+                                                 # of which 450 are left
     python -m lab.bench --layers 2 --repeats 2   # a quick look: two decoder layers
-    python -m lab.bench --render                 # only prints the tables of the JSON file; takes the same options
+    python -m lab.bench --render                 # only prints the tables of the JSON file;
+                                                 # takes the same options
 
-Weights are random at real shapes, so nothing is downloaded, and ToMe's fixed r gives the token counts. A round asks
-transformers (A), then ours at two budgets with each --vtu (B), and so on: A B A B. Ratios are of a B and the A before
-it. Both get the same photo and text, run under inference_mode with SDPA, compute one row of logits, choose greedily,
-and transformers has its own cache. One more round, the first, warms up and tells the peak memory of each stage.
-transformers runs the whole vision tower, ours the blocks up to the layer that is read. The JSON has every raw time.
+Weights are random at real shapes, so nothing is downloaded, and ToMe's fixed r gives the token
+counts. A round asks transformers (A), then ours at two budgets with each --vtu (B), and so on:
+A B A B. Ratios are of a B and the A before it. Both get the same photo and text, run under
+inference_mode with SDPA, compute one row of logits, choose greedily, and transformers has its own
+cache. One more round, the first, warms up and tells the peak memory of each stage. transformers
+runs the whole vision tower, ours the blocks up to the layer that is read. The JSON has every raw
+time.
 """
 
 import argparse
@@ -55,16 +62,10 @@ SHAPES = {  # the sizes of CLIP's vision tower (at 336 pixels, in patches of 14)
     "smoke": ((64, 128, 8, 4), (256, 512, 2, 8, 2)),  # seconds, to see that it runs
 }
 LONG = dict(heads=32, head_dim=128, N=2880, N_un=450)
-IMAGE, TEXT, STEPS, PHOTO = (
-    32000,
-    40,
-    5,
-    (1280, 960),
-)  # image token; tokens of text, tokens decoded; picture
-BUDGETS, ORDER = (
-    ("full", "high", "mid", "low"),
-    ("full", "mid", "low", "high"),
-)  # as shown; as run, A before each two
+IMAGE, TEXT, STEPS = 32000, 40, 5  # image token; tokens of text, tokens decoded
+PHOTO = (1280, 960)
+BUDGETS = ("full", "high", "mid", "low")  # as shown
+ORDER = ("full", "mid", "low", "high")  # as run, A before each two
 VTU = {way: dict(queries=queries(int(way))) for way in "12"}
 VTU = {"all": {}, **VTU, "off": dict(vtu=False)}
 STAGES = {
@@ -73,31 +74,29 @@ STAGES = {
     "decode": "decode, per token",
     "first": "first token",
 }
-TABLE_1 = {
+TABLE_1 = {  # as the paper prints
     "full": (576, 1359.0),
     "high": (394, 1272.0),
     "mid": (195, 311.5),
     "low": (89, 64.9),
-}  # as the paper prints
+}
 
 
 # ---- two models, one set of weights ----
 
 
 def build(a, device, dtype):
-    """transformers' model with random weights, ours with the very same tensors, and the processor."""
-    from tokenizers import (  # here and below, because to print the tables one needs no transformers
-        Tokenizer,
-        models,
-    )
+    """transformers' model with random weights, ours with the same tensors, and the processor."""
+    # here and below, because to print the tables one needs no transformers
+    from tokenizers import Tokenizer, models
     from transformers import LlavaConfig, LlavaForConditionalGeneration
     from transformers.initialization import no_init_weights
 
     vision, text = (dict(zip(SIZES, sizes)) for sizes in SHAPES[a.shape])
     vision |= dict(model_type="clip_vision_model", image_size=336, patch_size=14)
-    text |= dict(model_type="llama", vocab_size=32064) | (
-        dict(num_hidden_layers=a.layers) if a.layers else {}
-    )
+    text |= dict(model_type="llama", vocab_size=32064)
+    if a.layers:
+        text |= dict(num_hidden_layers=a.layers)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     with no_init_weights(), torch.device(device):
         theirs = LlavaForConditionalGeneration._from_config(
@@ -106,9 +105,8 @@ def build(a, device, dtype):
     tensors = {}
     for key, tensor in theirs.eval().requires_grad_(False).state_dict().items():
         if tensor.ndim > 1:
-            bound = (
-                3 / tensor[0].numel()
-            ) ** 0.5  # so that the variance is one over the number of inputs
+            # so that the variance is one over the number of inputs
+            bound = (3 / tensor[0].numel()) ** 0.5
             tensor.uniform_(-bound, bound)
         else:
             tensor.fill_("norm" in key and key.endswith("weight"))
@@ -122,9 +120,8 @@ def build(a, device, dtype):
     with torch.device("meta"):
         ours = Llava(processor.config).eval().requires_grad_(False)
     ours.load_state_dict({name: tensors[name] for name in ours.state_dict()}, assign=True)
-    assert all(t.data_ptr() == tensors[name].data_ptr() for name, t in ours.state_dict().items()), (
-        "a tensor was copied"
-    )
+    for name, tensor in ours.state_dict().items():
+        assert tensor.data_ptr() == tensors[name].data_ptr(), "a tensor was copied"
     return ours, theirs, processor
 
 
@@ -142,15 +139,13 @@ def stream_ours(ours, ids, visual, settings, expand=False):
 def stream_theirs(theirs, ids, visual):
     from transformers import DynamicCache
 
-    cache, embeds = (
-        DynamicCache(config=theirs.config.get_text_config()),
-        theirs.get_input_embeddings()(ids),
-    )
+    cache = DynamicCache(config=theirs.config.get_text_config())
+    embeds = theirs.get_input_embeddings()(ids)
     given = dict(inputs_embeds=embeds.masked_scatter((ids == IMAGE)[..., None], visual[0]))
-    last = torch.tensor(
-        [-1], device=ids.device
-    )  # as an index, which is faster: after the slice that logits_to_keep=1
-    while True:  # takes, as in generate, a matmul on CPU copies the weights of the whole head
+    # as an index, which is faster: after the slice that logits_to_keep=1 takes, as in generate, a
+    # matmul on CPU copies the weights of the whole head
+    last = torch.tensor([-1], device=ids.device)
+    while True:
         logits = theirs(**given, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
         token = int(logits[0, -1].argmax())
         yield cache
@@ -158,22 +153,23 @@ def stream_theirs(theirs, ids, visual):
 
 
 def ask(watch, pixels, encode, streams):
-    """Asks about the photo once; yields for each stream that follows the encoder what watch tells of each stage."""
+    """Asks about the photo once.
+
+    Yields for each stream that follows the encoder what watch tells of each stage.
+    """
     x, preprocess = watch(pixels)
     visual, encoder = watch(lambda: encode(x))
     for name, start in streams.items():
         stream = start(visual)
         cache, prefill = watch(stream.__next__)
-        held = (
-            cache.bytes
-            if hasattr(cache, "bytes")
-            else sum(c.keys.nbytes + c.values.nbytes for c in cache.layers)
-        )
+        if hasattr(cache, "bytes"):
+            held = cache.bytes
+        else:
+            held = sum(c.keys.nbytes + c.values.nbytes for c in cache.layers)
         decode = [watch(stream.__next__)[1] for _ in range(STEPS)]
         stages = dict(preprocess=preprocess, encoder=encoder, prefill=prefill, decode=decode)
-        rows = (
-            visual[0][0] if isinstance(visual[0], tuple) else visual[0]
-        )  # ours come with their map
+        # ours come with their map
+        rows = visual[0][0] if isinstance(visual[0], tuple) else visual[0]
         yield name, dict(stages, rows=len(rows), cache=held)
 
 
@@ -192,7 +188,10 @@ def timed(run):
 
 def peak_on(device):
     def peak(run):
-        """The most bytes held beyond those held before, None where that cannot be told. On CPU: resident set."""
+        """The most bytes held beyond those held before, None where that cannot be told.
+
+        On CPU: resident set.
+        """
         gc.collect()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -201,22 +200,22 @@ def peak_on(device):
         status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
         if device.type != "cpu" or not reset.exists():
             return run(), None
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(
-            0
-        )  # memory freed before must not be there to be used again
+        # memory freed before must not be there to be used again
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         reset.write_text("5")  # the peak starts anew
         before, out = status.read_text(), run()
-        most, least = (
-            re.search(r"VmHWM:\s+(\d+)", status.read_text()),
-            re.search(r"VmRSS:\s+(\d+)", before),
-        )
+        most = re.search(r"VmHWM:\s+(\d+)", status.read_text())
+        least = re.search(r"VmRSS:\s+(\d+)", before)
         return out, 1024 * (int(most[1]) - int(least[1]))
 
     return peak
 
 
 def matching_share(encode) -> float:
-    """The part of the encoder's time that matching and merging take, by a clock around each of their calls."""
+    """The part of the encoder's time that matching and merging take.
+
+    By a clock around each of their calls.
+    """
     spent = []
 
     def clocked(function):
@@ -244,11 +243,8 @@ def measure(a, device, dtype) -> dict:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     ours, theirs, processor = build(a, device, dtype)
-    config, c, side = (
-        processor.config,
-        processor.config.text_config,
-        processor.config.vision_config.image_size,
-    )
+    config, c = processor.config, processor.config.text_config
+    side = config.vision_config.image_size
     clip = CLIPImageProcessorPil(
         size=dict(shortest_edge=side), crop_size=dict(height=side, width=side)
     )
@@ -266,12 +262,8 @@ def measure(a, device, dtype) -> dict:
         return theirs.get_image_features(pixel_values=pixels.to(device, dtype)).pooler_output
 
     def ask_theirs(watch):
-        return ask(
-            watch,
-            their_pixels,
-            their_encode,
-            {"transformers": lambda x: stream_theirs(theirs, their_ids, x)},
-        )
+        stream = {"transformers": lambda x: stream_theirs(theirs, their_ids, x)}
+        return ask(watch, their_pixels, their_encode, stream)
 
     def ask_ours(watch, budget):
         merging, streams = merging_at[budget], {}
@@ -283,29 +275,21 @@ def measure(a, device, dtype) -> dict:
             streams["low, `all`, expanded cache"] = lambda x: stream_ours(
                 ours, ids, x, DyMU(**merging), expand=True
             )
-        return ask(
-            watch,
-            lambda: processor.image(photo),
-            lambda x: ours.encode(x, DyMU(**merging)),
-            streams,
-        )
+        see, encode = lambda: processor.image(photo), lambda x: ours.encode(x, DyMU(**merging))
+        return ask(watch, see, encode, streams)
 
     # Is it the same function of the same input? This warms up, too.
     pixels, there = processor.image(photo), their_pixels()
     difference = float((pixels - there[0]).abs().max())
-    there = (
-        theirs(input_ids=their_ids, pixel_values=there.to(device, dtype), logits_to_keep=1)
-        .logits[0, -1]
-        .float()
-    )
+    there = theirs(input_ids=their_ids, pixel_values=there.to(device, dtype), logits_to_keep=1)
+    there = there.logits[0, -1].float()
     here = ours(ids, pixels)[-1].float()
     agreement = float(torch.corrcoef(torch.stack((here, there)))[0, 1])
     assert difference < 1e-4 and agreement > 0.9, (difference, agreement)
 
     merging_at = {b: {} if b == "full" else dict(r=merges(b, config)) for b in BUDGETS}
-    ours.encode(
-        pixels, DyMU(**merging_at["low"])
-    )  # what a first call keeps for good is no stage's peak
+    # what a first call keeps for good is no stage's peak
+    ours.encode(pixels, DyMU(**merging_at["low"]))
     order, share, first, runs = [b for b in ORDER if b in a.tokens], [], {}, {"transformers": []}
     for i in range(-1, a.repeats):  # the first round is the warm-up
         watch = timed if i >= 0 else peak_on(device)
@@ -324,42 +308,28 @@ def measure(a, device, dtype) -> dict:
                 share.append(matching_share(lambda: ours.encode(pixels, DyMU(**merging_at["low"]))))
     print(file=sys.stderr)
     names = ["transformers", *(name for b in BUDGETS for name in runs if name.split(",")[0] == b)]
-    read = sum(
-        t.nbytes
-        for part in (ours.language_model.layers, ours.lm_head)
-        for t in part.state_dict().values()
+    weights, *read = (
+        sum(t.nbytes for t in part.state_dict().values())
+        for part in (ours, ours.language_model.layers, ours.lm_head)
     )
-    results = dict(
-        vision=vars(config.vision_config),
-        text=vars(c),
-        visual_tokens=N,
-        text_tokens=TEXT,
-        photo=PHOTO,
-    )
-    results |= dict(
-        weight_bytes=sum(t.nbytes for t in ours.state_dict().values()), read_per_token=read
-    )
-    results |= dict(
-        cache_per_row=2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
-    )
-    results |= dict(
-        pixel_difference=difference, logit_correlation=agreement, matching_share_at_low=share
-    )
+    per_row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+    results = dict(vision=vars(config.vision_config), text=vars(c))
+    results |= dict(visual_tokens=N, text_tokens=TEXT, photo=PHOTO)
+    results |= dict(weight_bytes=weights, read_per_token=sum(read), cache_per_row=per_row)
+    results |= dict(pixel_difference=difference, logit_correlation=agreement)
+    results |= dict(matching_share_at_low=share)
     return results | dict(peak_bytes={n: first[n] for n in names}, runs={n: runs[n] for n in names})
 
 
 @torch.inference_mode()
 def measure_long(a, device, dtype) -> dict:
-    """One layer's causal attention over N visual tokens, and over N_un that stand for N positions."""
+    """One layer's causal attention over N tokens, and over N_un that stand for N positions."""
     H, d, N, N_un = LONG.values()
-    cos, sin = (
-        t.to(dtype)
-        for t in rope_table(N, TextConfig(hidden_size=H * d, num_attention_heads=H), device)
-    )
+    c = TextConfig(hidden_size=H * d, num_attention_heads=H)
+    cos, sin = (t.to(dtype) for t in rope_table(N, c, device))
     q, k, v = torch.randn(3, H, N, d).to(device, dtype)
-    token_at = torch.cat((torch.arange(N_un), torch.randint(N_un, (N - N_un,))))[
-        torch.randperm(N)
-    ].to(device)
+    token_at = torch.cat((torch.arange(N_un), torch.randint(N_un, (N - N_un,))))
+    token_at = token_at[torch.randperm(N)].to(device)
     few = *(t[:, :N_un].contiguous() for t in (q, k, v)), token_at, cos, sin
     ways = {
         "full length": lambda: attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=True)
@@ -367,9 +337,7 @@ def measure_long(a, device, dtype) -> dict:
     everywhere = torch.arange(N, device=device)
     sampled = {"`all`": lambda _: everywhere, "`2`": queries(2), "`1`": queries(1)}
     ways |= {way: lambda s=s: vtu_attention(*few, s(token_at)) for way, s in sampled.items()}
-    runs = [[timed(run)[1] for run in ways.values()] for _ in range(1 + a.repeats)][
-        1:
-    ]  # the first is the warm-up
+    warm_up, *runs = [[timed(run)[1] for run in ways.values()] for _ in range(1 + a.repeats)]
     return dict(LONG, runs=dict(zip(ways, zip(*runs))))
 
 
@@ -389,36 +357,30 @@ def ratios(a, b) -> str:
 
 
 def counts() -> list[str]:
-    """Table 1 of the paper, attention in one layer of the 7B shape, beside what is really computed."""
+    """Table 1 of the paper beside what is really computed.
+
+    Attention in one layer of the 7B shape.
+    """
     c, N, out = TextConfig(), TABLE_1["full"][0], []
-    D, columns = (
-        c.hidden_size,
-        (*(f"attention, `{way}`" for way in VTU), "layer, `all`", "layer, `1`", "layer, `off`"),
-    )
+    D, columns = c.hidden_size, [f"attention, `{way}`" for way in VTU]
+    columns += ["layer, `all`", "layer, `1`", "layer, `off`"]
     for budget, (rows, printed) in TABLE_1.items():
         work = [(1 if budget == "full" else 2) * rows * rows * D]
         for way in VTU:
             q = rows if way == "off" else N if way == "all" else min(int(way) * rows, N)
             k = rows if way == "off" else N
             remerge = q * D if q > rows else 0
-            work.append(
-                2 * q * k * D + 2 * (q + k) * D + remerge
-            )  # QK^T and AV; RoPE; the average of Eq. 11
+            # QK^T and AV; RoPE; the average of Eq. 11
+            work.append(2 * q * k * D + 2 * (q + k) * D + remerge)
         linear = rows * (4 * D * D + 3 * D * c.intermediate_size)
         cells = *work, *(linear + work[i] for i in (1, 2, 4))
-        out.append(
-            line(
-                budget,
-                str(rows),
-                f"{printed:.1f}",
-                *(f"{x / 1e6:.{int(x < 1e10)}f}" for x in cells),
-            )
-        )
+        millions = (f"{x / 1e6:.{int(x < 1e10)}f}" for x in cells)
+        out.append(line(budget, str(rows), f"{printed:.1f}", *millions))
     return [*head("", "tokens", "printed", "its formula", *columns), *out]
 
 
 def table(results: dict) -> str:
-    """The README's tables, from the content of the JSON file alone."""
+    """The tables of RESULTS.md, from the content of the JSON file alone."""
     r, runs = results, results["runs"]
     by = f"{r['machine']}, {r['threads']} threads, {r['dtype']}, torch {r['torch']}, {r['date']}"
     unit = f"Milliseconds, median [least, most] of {r['repeats']}"
@@ -427,44 +389,35 @@ def table(results: dict) -> str:
         out = [f"Attention of one layer, {what}; {by}. {unit}; ratios pair by pair.", ""]
         out += head("queries per token", "time", "full length / this", "`all` / this")
         full, every = runs["full length"], runs["`all`"]
-        out += [
-            line(way, spread(t, 1000), ratios(full, t), ratios(every, t)) for way, t in runs.items()
-        ]
+        for way, t in runs.items():
+            out.append(line(way, spread(t, 1000), ratios(full, t), ratios(every, t)))
         return "\n".join(out)
 
     def of(name, stage):
-        return [
-            statistics.median(t) if isinstance(t := run[stage], list) else t for run in runs[name]
-        ]
+        times = (run[stage] for run in runs[name])
+        return [statistics.median(t) if isinstance(t, list) else t for t in times]
 
     def faster(name, stage):
         theirs = of("transformers", stage)
         return ratios([theirs[run["pair"]] for run in runs[name]], of(name, stage))
 
     def memory(name):
-        if (
-            "expanded" in name
-        ):  # what is measured is before the expansion, which makes it as large as at full length
+        # what is measured is before the expansion, which makes it as large as at full length
+        if "expanded" in name:
             return "-", "-", "-"
         one = r["peak_bytes"][name]
-        cache, peaks = (
-            one["cache"],
-            (one["preprocess"], one["encoder"], one["prefill"], *one["decode"]),
-        )
-        cells = (
-            cache,
-            cache - r["text_tokens"] * r["cache_per_row"],
-            None if None in peaks else max(peaks),
-        )
+        peaks = one["preprocess"], one["encoder"], one["prefill"], *one["decode"]
+        visual = one["cache"] - r["text_tokens"] * r["cache_per_row"]
+        cells = one["cache"], visual, None if None in peaks else max(peaks)
         return ("?" if cell is None else number(cell / 2**20) for cell in cells)
 
     v, t, ours = r["vision"], r["text"], [name for name in runs if name != "transformers"]
     shape = f"CLIP ViT, {v['num_hidden_layers']} blocks x {v['hidden_size']}; "
     shape += f"Llama, {t['num_hidden_layers']} layers x {t['hidden_size']}"
     out = [
-        f"{r['shape']} ({shape}), random weights; {by}, transformers {r['transformers']}. {r['visual_tokens']} visual "
-        f"tokens and {r['text_tokens']} of text. {unit}; transformers runs more often. First token: preprocessing, "
-        "encoder and prefill.",
+        f"{r['shape']} ({shape}), random weights; {by}, transformers {r['transformers']}. "
+        f"{r['visual_tokens']} visual tokens and {r['text_tokens']} of text. {unit}; transformers "
+        "runs more often. First token: preprocessing, encoder and prefill.",
         "",
         *head("tokens, `--vtu`", "visual rows", *STAGES.values()),
         *(
@@ -472,22 +425,19 @@ def table(results: dict) -> str:
             for n in runs
         ),
         "",
-        "How many times as fast as transformers, pair by pair. Memory in MiB; peak: the most that any one stage takes "
-        "beyond what was held before it.",
+        "How many times as fast as transformers, pair by pair. Memory in MiB; peak: the most that "
+        "any one stage takes beyond what was held before it.",
         "",
         *head("tokens, `--vtu`", *STAGES.values(), "cache", "of it visual", "peak"),
         line("transformers", *"1" * len(STAGES), *memory("transformers")),
         *(line(n, *(faster(n, stage) for stage in STAGES), *memory(n)) for n in ours),
     ]
-    times = (
-        spread(of("transformers", "preprocess"), 1000),
-        spread([t for n in ours for t in of(n, "preprocess")], 1000),
-    )
+    width, height = r["photo"]
+    there = spread(of("transformers", "preprocess"), 1000)
+    here = spread([t for n in ours for t in of(n, "preprocess")], 1000)
     notes = [
         "",
-        "- Preprocessing of a {} x {} photo: transformers {} ms, ours {} ms.".format(
-            *r["photo"], *times
-        ),
+        f"- Preprocessing of a {width} x {height} photo: transformers {there} ms, ours {here} ms.",
         f"- At full length the logits of both correlate to {r['logit_correlation']:.5f}.",
     ]
     if "full" in runs:
@@ -498,19 +448,33 @@ def table(results: dict) -> str:
         )
         rate = [r["read_per_token"] / seconds / 1e9 for seconds in of("full", "decode")]
         notes.append(
-            f"- A decoded token reads {r['read_per_token'] / 1e9:.3g} GB of weights: {spread(rate)} GB/s."
+            f"- A decoded token reads {r['read_per_token'] / 1e9:.3g} GB of weights: "
+            f"{spread(rate)} GB/s."
         )
     if share := r["matching_share_at_low"]:
         notes.append(
             f"- Matching and merging take {spread(share, 100)} % of our encoder's time at low."
         )
     paper = (
-        "Table 1 of the paper counts attention in one layer (D = 4096) in millions of multiply-adds: N² D at full "
-        "length, 2 N_un² D with VTU. Beside it, per `--vtu`, what is computed: QKᵀ and AV with the N virtual keys, "
-        "RoPE, the average of Eq. 11; then the layer with its linear parts. The causal half, which kernels may skip, "
-        "is counted, and every token has as many sampled queries as it may have."
+        "Table 1 of the paper counts attention in one layer (D = 4096) in millions of "
+        "multiply-adds: N² D at full length, 2 N_un² D with VTU. Beside it, per `--vtu`, what is "
+        "computed: QKᵀ and AV with the N virtual keys, RoPE, the average of Eq. 11; then the layer "
+        "with its linear parts. The causal half, which kernels may skip, is counted, and every "
+        "token has as many sampled queries as it may have."
     )
     return "\n".join([*out, *notes, "", paper, "", *counts()])
+
+
+def small_table(results: dict) -> str:
+    """The README's: the first token, full and at low."""
+    theirs = [run["first"] for run in results["runs"]["transformers"]]
+    out = head("milliseconds to the first token", "visual rows", "time", "times as fast")
+    for name in ("transformers", "full", "low, `all`", "low, `1`"):
+        runs = results["runs"][name]
+        ours = [run["first"] for run in runs]
+        faster = ratios([theirs[run.get("pair", i)] for i, run in enumerate(runs)], ours)
+        out.append(line(name, str(runs[0]["rows"]), spread(ours, 1000), faster))
+    return "\n".join(out)
 
 
 # ---- the command ----
@@ -560,17 +524,13 @@ def main() -> None:
         if not a.render:
             torch.set_num_threads(a.threads)
             torch.manual_seed(0)
-            start, results = (
-                time.perf_counter(),
-                dict(shape=a.shape, date=datetime.date.today().isoformat()),
-            )
+            start, today = time.perf_counter(), datetime.date.today().isoformat()
+            results = dict(shape=a.shape, date=today)
             results |= dict(
                 machine=machine(device), cores=os.cpu_count(), threads=a.threads, device=device.type
             )
             results |= dict(dtype=str(dtype).removeprefix("torch."), repeats=a.repeats)
-            results |= {
-                package: version(package) for package in ("torch", "transformers", "pillow")
-            }
+            results |= {name: version(name) for name in ("torch", "transformers", "pillow")}
             results |= (measure_long if a.shape == "long" else measure)(a, device, dtype)
             results |= dict(seconds=round(time.perf_counter() - start))
             save(results, path, depth=1)

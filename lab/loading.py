@@ -1,8 +1,10 @@
-"""Peak resident memory and time of loading a checkpoint of LLaVA-1.5-7B's shape, in float16 and converted to bfloat16.
+"""Peak resident memory and time of loading a checkpoint of LLaVA-1.5-7B's shape.
 
-    python -m lab.loading            # Linux or macOS; a sparse file of 14 GB in a temporary folder, which takes no disk
+    python -m lab.loading            # Linux or macOS
 
-Each load runs in a process of its own, which then reads a byte of every page, so that mapped weights count as well.
+It loads in float16 and converted to bfloat16, from a sparse file of 14 GB in a temporary folder,
+which takes no disk. Each load runs in a process of its own, which then reads a byte of every page,
+so that mapped weights count as well.
 """
 
 import argparse
@@ -24,11 +26,8 @@ from model import Llava
 
 def write_checkpoint(folder: Path) -> None:
     text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
-    config = {
-        "model_type": "llava",
-        "torch_dtype": "float16",
-        "text_config": text,
-    }  # else transformers' defaults
+    # else transformers' defaults
+    config = {"model_type": "llava", "torch_dtype": "float16", "text_config": text}
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         write_tensors(folder / "model.safetensors", Llava(read_config(folder)).state_dict())
@@ -48,9 +47,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def peak() -> float:
     """GiB of resident memory, at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**30 if sys.platform == "darwin" else 2**20
-    )
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def measure(folder: Path, dtype: str) -> None:
@@ -61,12 +59,16 @@ def measure(folder: Path, dtype: str) -> None:
         p.view(-1)[::2048].sum()  # 4 KiB of two-byte numbers are a page
     weights = sum(p.numel() * p.element_size() for p in parameters) / 2**30
     print(
-        f"{dtype}: weights {weights:.2f} GiB, peak {before:.2f} -> {peak():.2f} GiB, loaded in {seconds:.1f} s"
+        f"{dtype}: weights {weights:.2f} GiB, peak {before:.2f} -> {peak():.2f} GiB, "
+        f"loaded in {seconds:.1f} s"
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Peak resident memory and time of loading a checkpoint of LLaVA-1.5-7B's "
+        "shape, in float16 and converted to bfloat16."
+    )
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -74,7 +76,6 @@ if __name__ == "__main__":
     else:
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder))
+            command = [sys.executable, "-m", "lab.loading", "--one", folder]
             for dtype in ("float16", "bfloat16"):
-                subprocess.run(
-                    [sys.executable, "-m", "lab.loading", "--one", folder, dtype], check=True
-                )
+                subprocess.run([*command, dtype], check=True)

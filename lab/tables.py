@@ -1,4 +1,7 @@
-"""What the experiments' tables have in common: rows of Markdown, and JSON files that appear whole or not at all."""
+"""What the experiments' tables have in common.
+
+Rows of Markdown, and JSON files that appear whole or not at all.
+"""
 
 import json
 from pathlib import Path
@@ -15,14 +18,14 @@ def head(*cells) -> list[str]:
 
 
 def dump(results, depth: int) -> str:
-    """JSON with a line for each key down to that depth, so that a difference between two files shows where it is."""
+    """JSON with a line for each key down to that depth.
+
+    So a difference between two files shows where it is.
+    """
     if depth == 0 or not isinstance(results, dict):
         return json.dumps(results)
-    return (
-        "{\n"
-        + ",\n".join(f"{json.dumps(k)}: {dump(v, depth - 1)}" for k, v in results.items())
-        + "\n}"
-    )
+    lines = (f"{json.dumps(k)}: {dump(v, depth - 1)}" for k, v in results.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def save(results: dict, path: Path, depth: int) -> None:

@@ -1,4 +1,7 @@
-"""Small random checkpoints in Hugging Face's format, made by transformers: the tests' reference and their input."""
+"""Small random checkpoints in Hugging Face's format: the tests' reference and their input.
+
+transformers makes them.
+"""
 
 import json
 from pathlib import Path
@@ -21,47 +24,68 @@ IMAGE, VOCAB = 259, 260  # <s> 0, </s> 1, <pad> 2, then the 256 bytes
 VIDEO = 260  # OneVision alone has it
 QUESTION = "What is in the picture?"
 LLAVA_15_TEMPLATE = (  # what llava-hf/llava-1.5-7b-hf ships
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}"
+    "{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 MISTRAL = (  # what llava-hf/llava-v1.6-mistral-7b-hf ships, without its system part
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}"
     "{{' [/INST]' }}{% endif %}{% endfor %}"
 )
 CHATML = (  # what llava-hf/llava-interleave-qwen-0.5b-hf and llava-onevision-qwen2-7b-ov-hf ship
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + content['text'] }}"
-    "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
+    "{{ '<video>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\\n' + content['text'] }}"
+    "{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CHATML_LINES = (  # what llava-hf/llava-v1.6-34b-hf and llava-onevision-qwen2-72b-si-hf ship
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>\\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
-    "{{'<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
+    "{{ '<video>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}"
+    "{{'<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CHATML_NEXT = (  # what llava-hf/llava-next-72b-hf ships
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + content['text'] }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\\n' + content['text'] }}"
     "{% endfor %}{{'<|im_end|>' + '\\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 LLAMA3 = (  # what llava-hf/llama3-llava-next-8b-hf ships
-    "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'}}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ '\\n' + content['text'] + '<|eot_id|>' }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 CLASSES = {
     "llava": (hf.LlavaConfig, hf.LlavaForConditionalGeneration),
@@ -76,10 +100,8 @@ def tokenizer(special=("<image>",)) -> Tokenizer:
     vocab |= {c: 3 + i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     t = Tokenizer(models.BPE(vocab, []))
     t.add_special_tokens(["<s>", "</s>", "<pad>", *special])
-    t.pre_tokenizer, t.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert t.token_to_id("<image>") == IMAGE
     return t
@@ -94,13 +116,14 @@ def make(
     text=None,
     **llava,
 ) -> Path:
-    """Saves a LLaVA-1.5-shaped checkpoint, or one of another family: 4 vision and 3 text layers, and unless `vision` or
-    `text` says otherwise CLIP on 56 x 56 pictures, 16 patches, and Llama. SigLIP has 7 x 7 patches of 8 pixels."""
+    """Saves a LLaVA-1.5-shaped checkpoint, or one of another family.
+
+    It has 4 vision and 3 text layers, and unless `vision` or `text` says otherwise CLIP on 56 x 56
+    pictures, 16 patches, and Llama. SigLIP has 7 x 7 patches of 8 pixels.
+    """
     torch.manual_seed(seed)
-    siglip, onevision = (
-        "siglip" in (vision or {}).get("model_type", ""),
-        family == "llava_onevision",
-    )
+    siglip = "siglip" in (vision or {}).get("model_type", "")
+    onevision = family == "llava_onevision"
     vision = {
         **dict(
             model_type="clip_vision_model",
@@ -135,21 +158,15 @@ def make(
     model = model_class(
         config_class(vision_config=vision, text_config=text, image_token_index=IMAGE, **llava)
     ).eval()
-    with (
-        torch.no_grad()
-    ):  # wider than transformers' initial 0.02, so that a mistake anywhere shows in the logits
+    # wider than transformers' initial 0.02, so that a mistake anywhere shows in the logits
+    with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(
-                torch.randn_like(p)
-                * (0.3 if "norm" in name or p.ndim == 1 else p.shape[-1] ** -0.5)
-                + ("norm" in name)
-            )
+            std = 0.3 if "norm" in name or p.ndim == 1 else p.shape[-1] ** -0.5
+            p.copy_(torch.randn_like(p) * std + ("norm" in name))
     model.save_pretrained(folder)
     side = vision["image_size"]
-    square, grids = (
-        {"height": side, "width": side},
-        dict(image_grid_pinpoints=llava.get("image_grid_pinpoints")),
-    )
+    square = {"height": side, "width": side}
+    grids = dict(image_grid_pinpoints=llava.get("image_grid_pinpoints"))
     words = tokenizer(("<image>", "<video>") if onevision else ("<image>",))
     words = hf.PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -190,13 +207,8 @@ def reference_of(folder):
 # ---- a checkpoint of every family, and what it is shown ----
 
 SIGLIP = dict(model_type="siglip_vision_model")
-GRIDS = [
-    [56, 112],
-    [112, 56],
-    [112, 112],
-    [168, 56],
-    [56, 168],
-]  # (height, width): LLaVA-NeXT's at a sixth
+# (height, width): LLaVA-NeXT's at a sixth
+GRIDS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 MANY = [[56 * h, 56 * w] for h in range(1, 5) for w in range(1, 5)]
 FAMILIES = {
     "llava, SigLIP, Llama": dict(vision=SIGLIP, vision_feature_select_strategy="full"),

@@ -28,10 +28,8 @@ from model import VisionConfig
 def test_crops_equal_transformers(anyres, shape):
     folder, llava, processor, _ = anyres
     image, side = picture(SIZES[shape]), llava.config.vision_config.image_size
-    grids, square = (
-        [list(grid) for grid in llava.config.image_grid_pinpoints],
-        {"height": side, "width": side},
-    )
+    grids = [list(grid) for grid in llava.config.image_grid_pinpoints]
+    square = {"height": side, "width": side}
     if llava.config.model_type == "llava_next":
         theirs = hf_next.LlavaNextImageProcessorPil(
             size={"shortest_edge": side}, crop_size=square, image_grid_pinpoints=grids
@@ -95,9 +93,8 @@ REAL = {  # the grids, crop, patch and cap of the real checkpoints
 @pytest.mark.parametrize("kind", REAL)
 def test_the_number_of_positions_is_that_of_transformers(kind, order):
     pinpoints, side, patch, cap = REAL[kind]
-    pinpoints = pinpoints[
-        ::order
-    ]  # it decides between grids that are equally good, and nothing else
+    # it decides between grids that are equally good, and nothing else
+    pinpoints = pinpoints[::order]
     vision = VisionConfig(image_size=side, patch_size=patch, class_token=not cap)
     c = dict(vision_config=vision, image_grid_pinpoints=tuple(map(tuple, pinpoints)))
     strategy = "full" if cap else "default"
@@ -107,25 +104,16 @@ def test_the_number_of_positions_is_that_of_transformers(kind, order):
     theirs = SimpleNamespace(
         image_processor=SimpleNamespace(image_grid_pinpoints=pinpoints), num_image_tokens=g * g
     )
-    theirs.patch_size, theirs.num_additional_image_tokens, theirs.vision_aspect_ratio = (
-        patch,
-        0,
-        f"anyres_max_{cap}",
-    )
+    theirs.patch_size, theirs.num_additional_image_tokens = patch, 0
+    theirs.vision_aspect_ratio = f"anyres_max_{cap}"
     processor = hf.LlavaOnevisionProcessor if cap else hf.LlavaNextProcessor
     theirs._get_unpadded_features = partial(processor._get_unpadded_features, theirs)
     rng, capped = np.random.default_rng(0), 0
     rounded = (55, 176), (88, 55), (328, 861)  # where a product is 17.999999999999996 or the like
-    for height, width in [
-        (336, 336),
-        (1, 1),
-        (4000, 3000),
-        *rounded,
-        *rng.integers(20, 3000, (300, 2)).tolist(),
-    ]:
-        assert [side * n for n in cut((height, width), c)[0]] == list(
-            select_best_resolution((height, width), pinpoints)
-        )
+    drawn = rng.integers(20, 3000, (300, 2)).tolist()
+    for height, width in [(336, 336), (1, 1), (4000, 3000), *rounded, *drawn]:
+        best = select_best_resolution((height, width), pinpoints)
+        assert [side * n for n in cut((height, width), c)[0]] == list(best)
         expected = processor._get_number_of_features(theirs, height, width, side, side)
         assert positions(Picture(None, (height, width)), c) == expected, (height, width)
         tiles, padding, size = cut((height, width), c)
@@ -135,7 +123,10 @@ def test_the_number_of_positions_is_that_of_transformers(kind, order):
 
 @pytest.mark.parametrize("kind", REAL)
 def test_parity_at_the_real_grids(tmp_path, kind):
-    """Of the real checkpoints all but the widths: crops, patches, grids, cap, 2 x 2 pooling of 27 x 27 patches."""
+    """Of the real checkpoints all but the widths.
+
+    Crops, patches, grids, cap, 2 x 2 pooling of 27 x 27 patches.
+    """
     pinpoints, side, patch, cap = REAL[kind]
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     text = small | dict(
@@ -159,24 +150,26 @@ def test_parity_at_the_real_grids(tmp_path, kind):
 
 
 def packed_by_transformers(llava, reference, pixels, settings):
-    """The features of every virtual position: each crop's tokens at all of their positions, then their AnyRes code."""
+    """The features of every virtual position.
+
+    Each crop's tokens at all of their positions, then their AnyRes code.
+    """
     shown = pixels.frames if isinstance(pixels, Video) else pixels.crops
-    features = torch.stack(
-        [x[at] for x, at in (llava.vision_tower(crop, settings) for crop in shown)]
-    )
+    visual = (llava.vision_tower(crop, settings) for crop in shown)
+    features = torch.stack([x[at] for x, at in visual])
     features = llava.multi_modal_projector(features)
     if isinstance(pixels, Video):
         pooled = reference.model.apply_pooling(features)
         return torch.cat((pooled.flatten(0, 1), llava.image_newline[None]))
     cap, newline = llava.config.anyres_max, llava.image_newline
-    options = (
-        dict(vision_feature_select_strategy="default")
-        if cap is None
-        else dict(vision_aspect_ratio=f"anyres_max_{cap}")
-    )
-    return reference.model.pack_image_features(
+    if cap is None:
+        options = dict(vision_feature_select_strategy="default")
+    else:
+        options = dict(vision_aspect_ratio=f"anyres_max_{cap}")
+    packed, _ = reference.model.pack_image_features(
         [features], [list(pixels.size)], image_newline=newline, **options
-    )[0][0]
+    )
+    return packed[0]
 
 
 @torch.no_grad()
@@ -191,25 +184,21 @@ def packed_by_transformers(llava, reference, pixels, settings):
 )
 def test_merged_positions_are_the_full_models_sequence(checkpoint, name, shape):
     _, llava, processor, reference = checkpoint(name)
-    settings, n = (
-        DyMU(thresholds=thresholds_of(llava, processor)),
-        llava.config.vision_config.grid**2,
-    )
+    settings = DyMU(thresholds=thresholds_of(llava, processor))
+    n = llava.config.vision_config.grid**2
     if shape == "video":
         pixels = processor.video([picture((80, 61), seed) for seed in range(3)])
     else:
         pixels = processor.image(picture(SIZES[shape]))
     ((x, token_at),) = llava.encode(pixels, settings)
     packed = packed_by_transformers(llava, reference, pixels, settings)
-    assert len(token_at) == len(packed) == positions(pixels, llava.config) and len(x) < 0.8 * len(
-        packed
-    )
+    assert len(token_at) == len(packed) == positions(pixels, llava.config)
+    assert len(x) < 0.8 * len(packed)
     assert token_at.unique().tolist() == list(range(len(x)))
     newline = (packed == llava.image_newline).all(1).nonzero().flatten()
     assert len(newline) == (1 if shape == "video" else pixels.grids(llava.config)[1][0])
-    assert token_at[newline].tolist() == [len(x) - 1] * len(
-        newline
-    )  # one token at all of them, and nowhere else
+    # one token at all of them, and nowhere else
+    assert token_at[newline].tolist() == [len(x) - 1] * len(newline)
     assert not len(newline) or (token_at == len(x) - 1).sum() == len(newline)
     expected = torch.stack([packed[token_at == t].mean(0) for t in range(len(x))])
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
@@ -226,17 +215,11 @@ def test_resample_takes_the_tokens_of_the_nearest_positions():
     for (h, w), size in (((7, 7), (4, 4)), ((9, 12), (5, 7)), ((6, 6), (3, 3))):
         x, grid = torch.randn(10, 3), torch.randint(10, (h, w))
         y, at = resample(x, grid, size)
-        nearest = [
-            [
-                grid[int((i + 0.5) * h / size[0]), int((j + 0.5) * w / size[1])]
-                for j in range(size[1])
-            ]
-            for i in range(size[0])
-        ]
-        nearest = torch.tensor(nearest)
-        assert torch.equal(
-            at.flatten()[:, None] == at.flatten(), nearest.flatten()[:, None] == nearest.flatten()
-        )
+        rows = [int((i + 0.5) * h / size[0]) for i in range(size[0])]
+        columns = [int((j + 0.5) * w / size[1]) for j in range(size[1])]
+        nearest = torch.tensor([[grid[i, j] for j in columns] for i in rows])
+        found, wanted = at.flatten(), nearest.flatten()
+        assert torch.equal(found[:, None] == found, wanted[:, None] == wanted)
         assert len(y) == len(nearest.unique()) and at.shape == size
 
 

@@ -1,4 +1,7 @@
-"""The command line as a user meets it, and one case for each kind of bad input: one line, exit status 2."""
+"""The command line as a user meets it, and one case for each kind of bad input.
+
+Bad input gives one line and exit status 2.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ from test_load import edit, picture
 
 import demo
 from dymu import DyMU
-from extras import show
+from extras import show, video
 from extras.anyres import positions
 from extras.sampled import spread
 from extras.video import read_frames
@@ -60,7 +63,10 @@ def test_it_answers_streams_and_reports(run, saved, photo):
     answer = processor.decode(
         llava.generate(processor.prompt(QUESTION), processor.image(photo), max_new_tokens=12)
     )
-    report = r"visual tokens 16 -> 16 \(100 %\), encoder \S+ s, prefill \S+ s, \S+ tokens/s, cache \S+ MiB"
+    report = (
+        r"visual tokens 16 -> 16 \(100 %\), encoder \S+ s, prefill \S+ s, "
+        r"\S+ tokens/s, cache \S+ MiB"
+    )
     assert (status, err) == (0, "")
     assert out.startswith(answer + "\n")
     assert re.fullmatch(report, out.removeprefix(answer + "\n").strip())
@@ -84,18 +90,8 @@ def test_json_reports_what_the_options_ask_for(run, folder, photo, options, sett
     (folder / "thresholds.json").write_text(json.dumps({"low": {"thresholds": [0.5, 0.6, 0.7]}}))
     (folder / "list.json").write_text("[0.8, 0.9, 1.0]")
     options = [o.format(folder) for o in options]
-    status, out, err = run(
-        photo,
-        QUESTION,
-        "--model",
-        folder,
-        "--json",
-        "--max-new-tokens",
-        6,
-        "--device",
-        "cpu",
-        *options,
-    )
+    argv = [photo, QUESTION, "--model", folder, "--json", "--max-new-tokens", 6, "--device", "cpu"]
+    status, out, err = run(*argv, *options)
     assert (status, err) == (0, "")
     report = json.loads(out)
     llava, processor = load(folder, "cpu")
@@ -122,30 +118,17 @@ def test_characters_of_several_bytes_are_printed_whole(run, saved, photo, monkey
     ids = load(saved, "cpu")[1].tokenizer.encode(text, add_special_tokens=False).ids
     monkeypatch.setattr(Llava, "decode", lambda *args, **options: iter(ids))  # one id per byte
     assert run(photo, QUESTION, "--model", saved)[1].startswith(text + "\n")
-    monkeypatch.setattr(
-        Llava, "decode", lambda *args, **options: iter(ids[:8])
-    )  # ends inside a character
+    # ends inside a character
+    monkeypatch.setattr(Llava, "decode", lambda *args, **options: iter(ids[:8]))
     assert run(photo, QUESTION, "--model", saved)[1].startswith("zwölf \ufffd\n")
 
 
 def test_an_expanded_cache(run, saved, photo):
-    argv = [
-        photo,
-        QUESTION,
-        "--model",
-        saved,
-        "--tokens",
-        "low",
-        "--method",
-        "tome",
-        "--json",
-        "--max-new-tokens",
-        9,
-    ]
+    argv = [photo, QUESTION, "--model", saved, "--tokens", "low", "--method", "tome"]
+    argv += ["--json", "--max-new-tokens", 9]
     unique, expanded = (json.loads(run(*argv, *more)[1]) for more in ((), ("--expand-cache",)))
-    assert (
-        unique["answer"] == expanded["answer"] and unique["cache_bytes"] < expanded["cache_bytes"]
-    )
+    assert unique["answer"] == expanded["answer"]
+    assert unique["cache_bytes"] < expanded["cache_bytes"]
 
 
 def test_threads(run, saved, photo, monkeypatch):
@@ -178,18 +161,8 @@ def test_all_budgets_in_a_table_and_a_picture(run, folder, photo, tmp_path):
         name: {"thresholds": [tau] * 3} for name, tau in (("low", 0.3), ("mid", 0.6), ("high", 0.9))
     }
     (folder / "thresholds.json").write_text(json.dumps(budgets))
-    argv = [
-        photo,
-        QUESTION,
-        "--model",
-        folder,
-        "--tokens",
-        "all",
-        "--max-new-tokens",
-        4,
-        "--show",
-        tmp_path / "m.png",
-    ]
+    argv = [photo, QUESTION, "--model", folder, "--tokens", "all", "--max-new-tokens", 4]
+    argv += ["--show", tmp_path / "m.png"]
     status, out, err = run(*argv)
     rows = re.findall(
         r"^ *(\w+) +(\d+) of 16 tokens, encoder +\d+ ms, prefill +\d+ ms: ", out, re.M
@@ -207,19 +180,15 @@ def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i, side in enumerate((1, 3, 7, 20, 56, 56)):
-        Image.effect_noise((side, side), 90).convert("RGB").resize((60, 60), 0).save(
-            pictures / f"{i}.png"
-        )
+        noise = Image.effect_noise((side, side), 90).convert("RGB")
+        noise.resize((60, 60), 0).save(pictures / f"{i}.png")
     (pictures / "broken.png").write_bytes(b"no picture")
     (pictures / "notes.txt").write_text("not one either")
     status, out, err = run("--calibrate", pictures, "--model", folder, "--device", "cpu")
     assert status == 0 and "low: " in out and "broken.png" in err and "%|" not in err
     found = json.loads((folder / "thresholds.json").read_text())
-    assert (found["preprocessing"], found["schedule"], found["model"]) == (
-        "crop",
-        "constant",
-        str(folder),
-    )
+    assert (found["preprocessing"], found["schedule"]) == ("crop", "constant")
+    assert found["model"] == str(folder)
     llava, processor = load(folder, "cpu")
     for budget, left in (("low", 3), ("mid", 6), ("high", 11)):
         one = found[budget]
@@ -231,19 +200,8 @@ def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
         ]
         assert one["tokens_mean"] == sum(counts) / 6
     assert found["high"]["tokens_mean"] == 11  # one batch: exactly the budget
-    assert (
-        run(
-            pictures / "1.png",
-            QUESTION,
-            "--model",
-            folder,
-            "--tokens",
-            "mid",
-            "--max-new-tokens",
-            2,
-        )[0]
-        == 0
-    )
+    argv = [QUESTION, "--model", folder, "--tokens", "mid", "--max-new-tokens", 2]
+    assert run(pictures / "1.png", *argv)[0] == 0
     assert not list(folder.glob(".demo-*"))
 
 
@@ -259,14 +217,16 @@ def test_calibration_over_two_processes_gives_the_same(run, folder, tmp_path, mo
     script = "import sys, demo; from extras import thresholds; thresholds.BATCH = 2; "
     script += f"demo.main({['--calibrate', str(pictures)]} + sys.argv[1:])"
     (tmp_path / "two.py").write_text(script)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [
         tmp_path / "two.py",
+        "--model",
+        folder,
+        "--device",
+        "cpu",
+        "--save",
+        tmp_path / "two.json",
     ]
-    command += ["--model", folder, "--device", "cpu", "--save", tmp_path / "two.json"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -274,10 +234,8 @@ def test_calibration_over_two_processes_gives_the_same(run, folder, tmp_path, mo
     two = json.loads((tmp_path / "two.json").read_text())
     for budget in ("low", "mid", "high"):
         assert two[budget]["thresholds"] == pytest.approx(alone[budget]["thresholds"], abs=1e-12)
-        assert (
-            two[budget]["tokens_mean"] == alone[budget]["tokens_mean"]
-            and two[budget]["images"] == 6
-        )
+        assert two[budget]["tokens_mean"] == alone[budget]["tokens_mean"]
+        assert two[budget]["images"] == 6
 
 
 def test_a_calibration_that_fails_leaves_nothing(run, folder, photo, tmp_path, monkeypatch):
@@ -330,30 +288,18 @@ def test_two_pictures_and_a_question(run, saved, photo, tmp_path):
         processor.prompt("what changed?", 2), processor.image([photo, other]), max_new_tokens=9
     )
     assert (status, err) == (0, "") and report["answer"] == processor.decode(answer)
-    assert report["virtual_tokens"] == report["visual_tokens"] == 32 and report[
-        "tokens_per_layer"
-    ] == [32, 32, 32]
+    assert report["virtual_tokens"] == report["visual_tokens"] == 32
+    assert report["tokens_per_layer"] == [32, 32, 32]
     status, out, _ = run(
         photo, other, "what changed?", "--model", saved, "--tokens", "all", "--method", "tome"
     )
-    assert (
-        status == 0
-        and out.startswith(f"{photo} {other}: what changed?\n")
-        and out.count("of 32 tokens") == 4
-    )
+    assert status == 0 and out.startswith(f"{photo} {other}: what changed?\n")
+    assert out.count("of 32 tokens") == 4
 
 
 def test_several_pictures_are_seen_whole_by_onevision(run, families, photo):
-    argv = [
-        photo,
-        photo,
-        "Q",
-        "--model",
-        families / "llava_onevision",
-        "--json",
-        "--max-new-tokens",
-        1,
-    ]
+    argv = [photo, photo, "Q", "--model", families / "llava_onevision"]
+    argv += ["--json", "--max-new-tokens", 1]
     assert json.loads(run(*argv)[1])["virtual_tokens"] == 2 * (49 + 1)
 
 
@@ -366,21 +312,15 @@ def test_a_video_its_frames_and_temporal_merging(
     model = saved if family == "llava" else families / family
     argv = [gif, "what happens?", "--model", model, "--frames", 3, "--max-new-tokens", 2]
     counts = []
-    for more in (
-        [],
-        ["--temporal", 0.9],
-        ["--temporal", 0.9, "--tokens", "mid", "--method", "tome"],
-    ):
+    joined, tome = ["--temporal", 0.9], ["--method", "tome", "--tokens"]
+    for more in ([], joined, [*joined, *tome, "mid"]):
         status, out, err = run(*argv, *more, "--json")
         report = json.loads(out)
         assert (status, err, report["virtual_tokens"]) == (0, "", virtual)
         counts.append(report["visual_tokens"])
     assert counts[0] == virtual > counts[1] > counts[2]
     shown = tmp_path / "shown.png"
-    assert (
-        run(*argv, "--temporal", 0.9, "--tokens", "all", "--method", "tome", "--show", shown)[0]
-        == 0
-    )
+    assert run(*argv, *joined, *tome, "all", "--show", shown)[0] == 0
     assert Image.open(shown).size[0] == 1200
 
 
@@ -402,27 +342,12 @@ def test_anyres_pictures_are_answered_shown_and_calibrated(run, families, photo,
         picture("RGB", (40 + 31 * i, 120 - 7 * i)).save(pictures / f"{i}.png")
     status, out, err = run("--calibrate", pictures, "--model", folder)
     assert status == 0 and "wrote" in out
-    assert (
-        run(
-            photo,
-            QUESTION,
-            "--model",
-            folder,
-            "--tokens",
-            "all",
-            "--show",
-            shown,
-            "--max-new-tokens",
-            2,
-        )[0]
-        == 0
-    )
+    argv = [photo, QUESTION, "--model", folder, "--max-new-tokens", 2, "--tokens"]
+    assert run(*argv, "all", "--show", shown)[0] == 0
     assert Image.open(shown).size[0] == 1200
     reports = []
     for tokens in ("full", "low"):
-        status, out, _ = run(
-            photo, QUESTION, "--model", folder, "--tokens", tokens, "--json", "--max-new-tokens", 2
-        )
+        status, out, _ = run(*argv, tokens, "--json")
         reports.append(json.loads(out))
     full, low = reports
     processor = load(folder)[1]
@@ -430,10 +355,8 @@ def test_anyres_pictures_are_answered_shown_and_calibrated(run, families, photo,
     assert full["visual_tokens"] == full["virtual_tokens"] == positions(pixels, processor.config)
     crops = len(pixels.crops) * processor.config.visual_tokens
     assert full["tokens_per_layer"] == [crops] * processor.config.vision_layers
-    assert (
-        low["virtual_tokens"] == full["virtual_tokens"]
-        and low["visual_tokens"] < 0.5 * full["visual_tokens"]
-    )
+    assert low["virtual_tokens"] == full["virtual_tokens"]
+    assert low["visual_tokens"] < 0.5 * full["visual_tokens"]
     assert low["tokens_per_layer"][-1] < 0.3 * crops
     assert_one_line(run(photo, QUESTION, "--model", folder, "--pad"), "AnyRes pads its tiles")
 
@@ -468,11 +391,10 @@ def test_what_is_shown_is_what_the_model_sees(families):
     processor = load_processor(families / "llava_onevision")
     wide = Image.new("RGB", (160, 40), "red")
     shown = [[wide, wide], wide, wide]
-    pixels = demo.see(processor, shown)
+    pixels = video.see(processor, shown)
     views = show.views_of(processor, shown)
-    assert [view.size for view in views] == [(160, 40)] * 2 + [
-        (160, 160)
-    ] * 2  # frames are squeezed, pictures padded
+    # frames are squeezed, pictures padded
+    assert [view.size for view in views] == [(160, 40)] * 2 + [(160, 160)] * 2
     assert [type(one).__name__ for one in pixels] == ["Video", "Picture", "Picture"]
 
 
@@ -488,16 +410,8 @@ def test_help_fits_one_screen(run):
 
 def test_the_script_by_itself_prints_no_warnings(saved, photo, tmp_path):
     (tmp_path / "junk.pth").write_bytes(pickle.dumps([1]))  # torch warns of it
-    command = [
-        sys.executable,
-        "demo.py",
-        photo,
-        QUESTION,
-        "--model",
-        saved,
-        "--tokens",
-        tmp_path / "junk.pth",
-    ]
+    command = [sys.executable, "demo.py", photo, QUESTION]
+    command += ["--model", saved, "--tokens", tmp_path / "junk.pth"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert_one_line((done.returncode, done.stdout, done.stderr), "plain tensors")
 
@@ -508,12 +422,8 @@ def test_the_script_by_itself_prints_no_warnings(saved, photo, tmp_path):
 def assert_one_line(result, message):
     status, out, err = result
     assert status == 2, (status, out, err)
-    assert (
-        out == ""
-        and err.startswith("demo.py: ")
-        and err.count("\n") == 1
-        and "Traceback" not in err
-    )
+    assert out == "" and err.startswith("demo.py: ")
+    assert err.count("\n") == 1 and "Traceback" not in err
     assert message in err, err
 
 

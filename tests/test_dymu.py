@@ -1,4 +1,7 @@
-"""Every equation against a slow form of it that is written in another way. The names carry the equations' numbers."""
+"""Every equation against a slow form of it that is written in another way.
+
+The names carry the equations' numbers.
+"""
 
 import math
 from types import SimpleNamespace
@@ -23,9 +26,8 @@ from extras.sampled import spread
 
 
 def angles(N, d, base=10000.0):
-    theta = torch.arange(N, dtype=torch.float64)[:, None] / base ** (
-        torch.arange(0, d, 2, dtype=torch.float64) / d
-    )
+    exponent = torch.arange(0, d, 2, dtype=torch.float64) / d
+    theta = torch.arange(N, dtype=torch.float64)[:, None] / base**exponent
     return theta.cos(), theta.sin()
 
 
@@ -55,13 +57,15 @@ def test_match_is_the_best_cosine_between_alternating_tokens():
         assert partner[i] == max(range(4), key=cosines.__getitem__)
         assert abs(score[i] - max(cosines)) < 1e-12
     assert match(cosine(keys), class_token=False)[0][0] > -1
-    assert (
-        match(cosine(torch.ones(6, 3) / 3))[0].max() <= 1
-    )  # rounding does not reach over a threshold of 1
+    # rounding does not reach over a threshold of 1
+    assert match(cosine(torch.ones(6, 3) / 3))[0].max() <= 1
 
 
 def test_matching_in_float32_flips_no_merge_beyond_ties():
-    """Against float64, at ViT-L's size and with keys as alike as a picture's: only ties may fall either way."""
+    """Against float64, at ViT-L's size and with keys as alike as a picture's.
+
+    Only ties may fall either way.
+    """
     keys = torch.randn(577, 64, dtype=torch.float64) * 0.2 + torch.randn(64, dtype=torch.float64)
     (score, partner), (exact, exact_partner) = match(cosine(keys.float())), match(cosine(keys))
     cosines = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
@@ -96,9 +100,8 @@ def test_eq1_eq2_eq3_merge_equals_one_edge_at_a_time():
         expected_x, positions = merged_by_sets(x, positions, partner.tolist(), keep.tolist())
         x, size, token_at = merge(x, size, token_at, partner, keep)
         torch.testing.assert_close(x, expected_x)
-        assert [
-            set((token_at == t).nonzero().flatten().tolist()) for t in range(len(x))
-        ] == positions
+        found = [set((token_at == t).nonzero().flatten().tolist()) for t in range(len(x))]
+        assert found == positions
         assert size.tolist() == torch.bincount(token_at).tolist()
         assert size.sum() == 11
         assert positions[0] == {0}  # the class token stays alone, and first
@@ -125,13 +128,8 @@ def test_tome_merges_the_r_best_edges_and_never_the_class_token():
     score = torch.tensor([-math.inf, 0.1, 0.9, -0.5, 0.3])
     assert choose(DyMU(r=(2,)), score).tolist() == [False, False, True, False, True]
     assert choose(DyMU(r=(9,)), score).tolist() == [False, True, True, True, True]
-    assert choose(DyMU(thresholds=(0.3,)), score).tolist() == [
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]  # strictly above
+    strictly_above = [False, False, True, False, False]
+    assert choose(DyMU(thresholds=(0.3,)), score).tolist() == strictly_above
 
 
 def test_eq5_size_s_equals_s_copies():
@@ -148,10 +146,8 @@ def test_a_token_that_is_alone_has_no_partner():
     for class_token in (True, False):
         score, partner = match(cosine(torch.randn(1, 4)), class_token)
         assert score.tolist() == [-math.inf] and partner.tolist() == [0]
-        assert (
-            not choose(DyMU(r=(3,)), score).any()
-            and not choose(DyMU(thresholds=(-1.0,)), score).any()
-        )
+        assert not choose(DyMU(r=(3,)), score).any()
+        assert not choose(DyMU(thresholds=(-1.0,)), score).any()
 
 
 # ---- VTU ----
@@ -171,14 +167,11 @@ def test_eq6_eq7_eq8_scores_depend_on_the_difference_of_angles():
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_eq9_eq10_term_by_term_equals_expand_and_rotate(kv_heads):
     N, N_un, d = 23, 9, 16
-    q, k = (
-        torch.randn(4, N_un, d, dtype=torch.float64),
-        torch.randn(kv_heads, N_un, d, dtype=torch.float64),
-    )
+    q = torch.randn(4, N_un, d, dtype=torch.float64)
+    k = torch.randn(kv_heads, N_un, d, dtype=torch.float64)
     token_at, (cos, sin) = random_map(N, N_un), angles(N, d)
-    expanded = rotate(q[:, token_at], cos, sin) @ rotate(
-        k.repeat_interleave(4 // kv_heads, 0)[:, token_at], cos, sin
-    ).transpose(1, 2)
+    every_k = k.repeat_interleave(4 // kv_heads, 0)[:, token_at]
+    expanded = rotate(q[:, token_at], cos, sin) @ rotate(every_k, cos, sin).transpose(1, 2)
     torch.testing.assert_close(rope_scores(q, k, token_at, cos, sin), expanded, rtol=0, atol=1e-12)
 
 

@@ -20,21 +20,22 @@ from model import KVCache, as_list
 
 
 def expand(llava, ids, pixels):
-    """The prompt as transformers wants it: as many placeholders as there are visual tokens, newlines included."""
+    """The prompt as transformers wants it.
+
+    It has as many placeholders as there are visual tokens, newlines included.
+    """
     counts = iter([positions(one, llava.config) for one in as_list(pixels)])
-    return torch.tensor(
-        [
-            [
-                i
-                for i in ids.tolist()
-                for _ in range(next(counts) if i in llava.config.placeholders else 1)
-            ]
-        ]
-    )
+    expanded = []
+    for i in ids.tolist():
+        expanded += [i] * (next(counts) if i in llava.config.placeholders else 1)
+    return torch.tensor([expanded])
 
 
 def their_inputs(pixels):
-    """What transformers' models take, from what our processor made: other tests hold that equal to theirs."""
+    """What transformers' models take, from what our processor made.
+
+    Other tests hold that equal to theirs.
+    """
     shown = as_list(pixels)
     if isinstance(shown[0], Video):
         return dict(pixel_values_videos=shown[0].frames[None])
@@ -55,17 +56,18 @@ def assert_parity(llava, processor, reference, pixels):
     assert logits.shape == expected.shape
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    answer = reference.generate(**inputs, max_new_tokens=8, do_sample=False)[
-        0, inputs["input_ids"].shape[1] :
-    ]
+    answer = reference.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    answer = answer[inputs["input_ids"].shape[1] :]
     assert list(llava.generate(ids, pixels, max_new_tokens=8)) == answer.tolist()
 
 
 def thresholds_of(llava, processor, share=0.2):
-    """What merges about that share of a crop's tokens in each layer, and another number in each crop."""
-    crops = [
-        crop for seed in range(3) for crop in as_crops(processor.image(picture((120, 90), seed)))
-    ]
+    """What merges about that share of a crop's tokens in each layer.
+
+    It is another number in each crop.
+    """
+    shown = [processor.image(picture((120, 90), seed)) for seed in range(3)]
+    crops = [crop for pixels in shown for crop in as_crops(pixels)]
     n = int(share * llava.config.visual_tokens)
     return find_thresholds(llava.vision_tower, crops, (n,) * llava.config.vision_layers, len(crops))
 
@@ -85,22 +87,16 @@ def test_parity_picture(family, shape):
 
 def test_parity_two_pictures(family):
     _, llava, processor, reference = family
-    assert_parity(
-        llava,
-        processor,
-        reference,
-        processor.image([picture((80, 61)), picture((40, 120), seed=4)]),
-    )
+    pixels = processor.image([picture((80, 61)), picture((40, 120), seed=4)])
+    assert_parity(llava, processor, reference, pixels)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FAMILIES if "llava_next" not in name]
-)  # transformers has no such mode
+# transformers has no such mode of LLaVA-NeXT
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "llava_next" not in name])
 def test_parity_video(checkpoint, name):
     _, llava, processor, reference = checkpoint(name)
-    assert_parity(
-        llava, processor, reference, processor.video([picture((80, 61), seed) for seed in range(3)])
-    )
+    pixels = processor.video([picture((80, 61), seed) for seed in range(3)])
+    assert_parity(llava, processor, reference, pixels)
 
 
 def test_a_frame_of_llava_next_is_a_picture_without_tiles(checkpoint):
@@ -110,17 +106,12 @@ def test_a_frame_of_llava_next_is_a_picture_without_tiles(checkpoint):
     visual = llava.encode(pixels)
     for frame, one, (x, at) in zip(frames, pixels, visual):
         assert torch.equal(one.crops[0], processor.image(frame).crops[0])
+        theirs = reference.model
         with torch.no_grad():
-            features = reference.model.vision_tower(
-                one.crops, output_hidden_states=True
-            ).hidden_states[-2][:, 1:]
-            packed = reference.model.pack_image_features(
-                [reference.model.multi_modal_projector(features)],
-                None,
-                "default",
-                reference.model.image_newline,
-            )[0][0]
-        torch.testing.assert_close(x[at], packed)
+            hidden = theirs.vision_tower(one.crops, output_hidden_states=True).hidden_states
+            features = [theirs.multi_modal_projector(hidden[-2][:, 1:])]
+            packed = theirs.pack_image_features(features, None, "default", theirs.image_newline)
+        torch.testing.assert_close(x[at], packed[0][0])
 
 
 @pytest.mark.parametrize("layout", ["2023", "2025"])
@@ -134,7 +125,10 @@ def test_parity_key_layouts(tmp_path, checkpoint, name, layout):
 
 
 def test_the_vision_tower_is_read_before_its_final_norm(checkpoint):
-    """Some releases of transformers 4 put SigLIP's post_layernorm on the last layer that is counted."""
+    """It is not so in some releases of transformers 4.
+
+    They put SigLIP's post_layernorm on the last layer that is counted.
+    """
     _, llava, processor, reference = checkpoint("llava, SigLIP, Qwen2")
     pixels = processor.image(picture())
     with torch.no_grad():
@@ -152,10 +146,8 @@ def test_the_vision_tower_is_read_before_its_final_norm(checkpoint):
 )
 def test_ids_equal_transformers(checkpoint, name):
     folder, llava, processor, _ = checkpoint(name)
-    theirs, images = (
-        AutoProcessor.from_pretrained(folder, backend="pil"),
-        [picture((90, 61)), picture((50, 120))],
-    )
+    theirs = AutoProcessor.from_pretrained(folder, backend="pil")
+    images = [picture((90, 61)), picture((50, 120))]
     for shown in (images[:1], images):
         content = [{"type": "image"}] * len(shown) + [{"type": "text", "text": QUESTION}]
         text = theirs.apply_chat_template(
@@ -163,14 +155,9 @@ def test_ids_equal_transformers(checkpoint, name):
         )
         expected = theirs(images=shown, text=text, return_tensors="pt")
         pixels = processor.image(shown)
-        assert (
-            expand(llava, processor.prompt(QUESTION, pixels), pixels).tolist()
-            == expected["input_ids"].tolist()
-        )
-        assert (
-            processor.prompt(QUESTION, len(shown)).tolist()
-            == processor.prompt(QUESTION, pixels).tolist()
-        )
+        ids = processor.prompt(QUESTION, pixels)
+        assert expand(llava, ids, pixels).tolist() == expected["input_ids"].tolist()
+        assert processor.prompt(QUESTION, len(shown)).tolist() == ids.tolist()
 
 
 def test_a_video_has_one_placeholder_where_there_is_one(checkpoint):
@@ -178,9 +165,8 @@ def test_a_video_has_one_placeholder_where_there_is_one(checkpoint):
     frames = [picture(seed=seed) for seed in range(2)]
     ids = processor.prompt(QUESTION, [processor.video(frames), processor.image(frames[0])]).tolist()
     assert [i for i in ids if i in llava.config.placeholders] == [260, 259]
-    assert (
-        processor.decode(ids) == f"<|im_start|>user \n{QUESTION}<|im_end|><|im_start|>assistant\n"
-    )
+    said = f"<|im_start|>user \n{QUESTION}<|im_end|><|im_start|>assistant\n"
+    assert processor.decode(ids) == said
     with pytest.raises(ValueError, match="must not hold"):
         processor.prompt("what is <video>?")
 
@@ -215,9 +201,8 @@ def test_prompts_end_where_a_sliding_window_would_matter(tmp_path):
         (dict(model_type="qwen2", sliding_window=99), 32768),
         (dict(model_type="qwen2", sliding_window=99, use_sliding_window=True), 99),
     ):
-        (tmp_path / "config.json").write_text(
-            json.dumps(dict(model_type="llava", text_config=text))
-        )
+        config = dict(model_type="llava", text_config=text)
+        (tmp_path / "config.json").write_text(json.dumps(config))
         assert read_config(tmp_path).text_config.max_position_embeddings == limit
 
 
@@ -235,17 +220,13 @@ def test_eq1_to_eq5_encoder_without_a_class_token_equals_token_by_token(checkpoi
             x, token_at = llava.vision_tower(pixels, DyMU(thresholds=thresholds))
             expected, sets = encoder_by_sets(reference.model.vision_tower, pixels, thresholds)
             torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
-            assert [
-                set((token_at == t).nonzero().flatten().tolist()) for t in range(len(x))
-            ] == sets
+            found = [set((token_at == t).nonzero().flatten().tolist()) for t in range(len(x))]
+            assert found == sets
 
 
 def test_all_tokens_may_merge_into_one(tmp_path):
-    llava, processor = load(
-        make(
-            tmp_path, **FAMILIES["llava, SigLIP, Qwen2"] | dict(vision=SIGLIP | dict(image_size=24))
-        )
-    )
+    small = FAMILIES["llava, SigLIP, Qwen2"] | dict(vision=SIGLIP | dict(image_size=24))
+    llava, processor = load(make(tmp_path, **small))
     pixels, ids = processor.image(picture()), processor.prompt(QUESTION)
     for settings in (DyMU(thresholds=(-1.0,) * 4), DyMU(r=(9,) * 4)):
         x, token_at = llava.vision_tower(pixels, settings)  # 9, 4, 2, 1, 1
@@ -269,9 +250,8 @@ def test_eq10_eq11_merged_logits_equal_expand_rotate_attend_average(family, show
     ids, visual = processor.prompt(QUESTION, pixels), llava.encode(pixels, settings)
     rows, token_at = llava.splice(ids, visual)
     text = len(ids) - len(as_list(pixels))
-    assert len(token_at) == text + positions(pixels, llava.config) and len(rows) == text + sum(
-        len(x) for x, _ in visual
-    )
+    assert len(token_at) == text + positions(pixels, llava.config)
+    assert len(rows) == text + sum(len(x) for x, _ in visual)
     assert len(rows) < len(token_at)
     expected = decoder_by_expansion(llava, rows, token_at, queries)
     torch.testing.assert_close(llava(ids, pixels, settings), expected, rtol=1e-4, atol=1e-4)
@@ -306,9 +286,8 @@ def test_half_precision_runs_and_stays_near(family, dtype):
         ids = processor.prompt(QUESTION, pixels)
         full, expected = half(ids, pixels), whole(ids, pixels)
         assert full.dtype == getattr(torch, dtype)
-        assert (
-            torch.corrcoef(torch.stack((full.float().flatten(), expected.flatten())))[0, 1] > 0.999
-        )
+        both = torch.stack((full.float().flatten(), expected.flatten()))
+        assert torch.corrcoef(both)[0, 1] > 0.999
         assert half(ids, pixels, settings).isfinite().all()
         rows, token_at = half.splice(ids, encode(half, pixels, settings, 0.9))
         answer = half.decode(rows, token_at, KVCache(), max_new_tokens=3, eos=())

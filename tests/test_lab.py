@@ -23,7 +23,8 @@ def test_ablations_count_the_tokens_of_the_picture():
 
 
 def test_the_benchmark_counts_the_rows_of_the_decoder(tmp_path, monkeypatch, capsys):
-    argv = "bench --shape smoke --tokens low --vtu all --repeats 1 --dtype float32 --device cpu --threads 1 --save"
+    argv = "bench --shape smoke --tokens low --vtu all --repeats 1 "
+    argv += "--dtype float32 --device cpu --threads 1 --save"
     monkeypatch.setattr(sys, "argv", [*argv.split(" "), str(tmp_path / "b.json")])
     bench.main()
     runs = json.loads((tmp_path / "b.json").read_text())["runs"]

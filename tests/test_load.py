@@ -50,9 +50,8 @@ def edit(file, **changes):
 
 def picture(mode, size):
     rng = np.random.default_rng(3)
-    rgb = Image.fromarray(
-        rng.integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
-    ).resize(size)
+    coarse = rng.integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
+    rgb = Image.fromarray(coarse).resize(size)
     if mode == "I;16":
         return Image.fromarray(np.asarray(rgb)[:, :, 0].astype(np.uint16) * 257)
     if mode in ("RGBA", "LA"):
@@ -65,14 +64,8 @@ def picture(mode, size):
 
 
 KINDS = ["RGB", "L", "P", "RGBA", "LA", "CMYK", "I;16", "1", "YCbCr", "transparent palette"]
-SHAPES = [
-    (90, 60),
-    (61, 200),
-    (56, 56),
-    (5, 9),
-    (300, 57),
-    (1, 1),
-]  # wide, tall, as is, tiny, very wide, one pixel
+# wide, tall, as is, tiny, very wide, one pixel
+SHAPES = [(90, 60), (61, 200), (56, 56), (5, 9), (300, 57), (1, 1)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,9 +96,8 @@ def test_pixels_follow_preprocessor_config(folder, options):
     )
     image = picture("RGB", (101, 60))
     expected = reference(image, return_tensors="pt")["pixel_values"][0]
-    reference.save_pretrained(
-        folder
-    )  # preprocessor_config.json, which processor_config.json goes before
+    # preprocessor_config.json, which processor_config.json goes before
+    reference.save_pretrained(folder)
     assert Processor(folder).image(image).shape != expected.shape
     edit(folder / "processor_config.json", image_processor=None)
     torch.testing.assert_close(Processor(folder).image(image), expected.float(), rtol=0, atol=1e-6)
@@ -118,9 +110,8 @@ def test_old_preprocessor_config_with_plain_numbers_and_nulls(folder):
     old = dict(size=56, crop_size=56, do_resize=False, image_mean=None)
     (folder / "preprocessor_config.json").write_text(json.dumps(old))
     assert torch.equal(Processor(folder).image(image), expected)
-    (
-        folder / "preprocessor_config.json"
-    ).unlink()  # nothing at all: CLIP's, at the tower's resolution
+    # nothing at all: CLIP's, at the tower's resolution
+    (folder / "preprocessor_config.json").unlink()
     assert torch.equal(Processor(folder).image(image), expected)
 
 
@@ -135,13 +126,10 @@ def test_siglips_preprocessing_is_the_default_of_its_tower(tmp_path, said):
     )
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").write_text(json.dumps(said))
-    image, theirs = (
-        picture("RGB", (90, 61)),
-        SiglipImageProcessorPil(size={"height": 56, "width": 56}),
-    )
-    assert torch.equal(
-        Processor(folder).image(image), theirs(image, return_tensors="pt")["pixel_values"][0]
-    )
+    image = picture("RGB", (90, 61))
+    theirs = SiglipImageProcessorPil(size={"height": 56, "width": 56})
+    expected = theirs(image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(Processor(folder).image(image), expected)
 
 
 def test_exif_orientation_is_applied(saved, tmp_path):
@@ -161,8 +149,9 @@ TEMPLATES = {
     "mistral": MISTRAL,
     "chatml": CHATML,
     "chatml, lines": CHATML_LINES,
+    "chatml, next": CHATML_NEXT,
+    "llama 3": LLAMA3,
 }
-TEMPLATES |= {"chatml, next": CHATML_NEXT, "llama 3": LLAMA3}
 
 
 @pytest.mark.parametrize(
@@ -275,29 +264,18 @@ def test_defaults_of_a_sparse_config_are_those_of_transformers(tmp_path, family,
         side = {"llava": 224, "llava_next": 336, "llava_onevision": 384}[family]
         sparse = sparse | dict(vision_config=sparse["vision_config"] | dict(image_size=side))
         if family != "llava":  # tiles are square
-            siglip = (
-                sparse["vision_config"].get(
-                    "model_type", CLASSES[family][0]().vision_config.model_type
-                )[0]
-                == "s"
-            )
+            default = CLASSES[family][0]().vision_config.model_type
+            siglip = sparse["vision_config"].get("model_type", default)[0] == "s"
             sparse["vision_feature_select_strategy"] = "full" if siglip else "default"
     ours, theirs = config_of(tmp_path, model_type=family, **sparse), CLASSES[family][0](**sparse)
-    ours_v, theirs_v, ours_t, theirs_t = (
-        ours.vision_config,
-        theirs.vision_config,
-        ours.text_config,
-        theirs.text_config,
-    )
+    ours_v, theirs_v = ours.vision_config, theirs.vision_config
+    ours_t, theirs_t = ours.text_config, theirs.text_config
     for name in VisionConfig.__dataclass_fields__.keys() - {"class_token"}:
         assert getattr(ours_v, name) == getattr(theirs_v, name), name
     assert ours_v.class_token == (theirs_v.model_type == "clip_vision_model")
-    of_llama = {"attention_bias", "output_bias", "mlp_bias", "head_dim"}
-    for name in (
-        TextConfig.__dataclass_fields__.keys()
-        - of_llama
-        - {"rope_theta", "max_position_embeddings"}
-    ):
+    apart = {"attention_bias", "output_bias", "mlp_bias", "head_dim"}  # Llama's
+    apart |= {"rope_theta", "max_position_embeddings"}
+    for name in TextConfig.__dataclass_fields__.keys() - apart:
         assert getattr(ours_t, name) == getattr(theirs_t, name), name
     assert ours_t.head_dim == (
         getattr(theirs_t, "head_dim", None) or theirs_t.hidden_size // theirs_t.num_attention_heads
@@ -308,8 +286,9 @@ def test_defaults_of_a_sparse_config_are_those_of_transformers(tmp_path, family,
     assert ours_t.max_position_embeddings == min(window, theirs_t.max_position_embeddings)
     eos = theirs_t.eos_token_id
     assert ours.eos_token_id == (() if eos is None else (eos,))
-    names = "vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias"
-    for name in (names + " image_token_index tie_word_embeddings").split():
+    names = "vision_feature_layer vision_feature_select_strategy projector_hidden_act "
+    names += "multimodal_projector_bias image_token_index tie_word_embeddings"
+    for name in names.split():
         assert getattr(ours, name) == getattr(theirs, name), name
     for name in ("video_token_index", "image_grid_pinpoints"):
         assert to_tuple(getattr(ours, name, None)) == to_tuple(getattr(theirs, name, None))
@@ -355,9 +334,8 @@ def test_spellings_of_the_same_configuration(tmp_path):
         assert config_of(tmp_path, **{name: 77}).image_token_index == 77
     for places in (dict(eos_token_id=[5, 6]), dict(text_config=dict(eos_token_id=[5, 6]))):
         assert config_of(tmp_path, **places).eos_token_id == (5, 6)
-    assert config_of(tmp_path, eos_token_id=5, text_config=dict(eos_token_id=6)).eos_token_id == (
-        5,
-    )
+    both = config_of(tmp_path, eos_token_id=5, text_config=dict(eos_token_id=6))
+    assert both.eos_token_id == (5,)
     (tmp_path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=9)))
     assert config_of(tmp_path, eos_token_id=5).eos_token_id == (9,)
 
@@ -379,11 +357,8 @@ def test_dtype_is_chosen_by_checkpoint_and_device(monkeypatch):
             torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported
         )
         assert choose_dtype(None, cpu, half=True) == expected
-    assert (
-        choose_dtype("float16", cpu, half=False)
-        == choose_dtype(torch.float16, cpu, half=False)
-        == torch.float16
-    )
+    for float16 in ("float16", torch.float16):
+        assert choose_dtype(float16, cpu, half=False) == torch.float16
     with pytest.raises(ValueError, match="int8"):
         choose_dtype("int8", cpu, half=False)
 
@@ -422,9 +397,8 @@ def test_a_hub_id_in_the_cache_needs_no_connection(folder, tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     announced = []
-    assert door.find("owner/name", announce=lambda *said: announced.append(said)).samefile(
-        cache / "snapshots" / ("0" * 40)
-    )
+    found = door.find("owner/name", announce=lambda *said: announced.append(said))
+    assert found.samefile(cache / "snapshots" / ("0" * 40))
     assert not announced
     with pytest.raises(ValueError, match=r"not to be had from the Hub: .*LocalEntryNotFoundError"):
         door.find("owner/other", announce=lambda *said: announced.append(said))

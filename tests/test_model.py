@@ -1,4 +1,7 @@
-"""The whole model against transformers, and its merged mode against slow references built on transformers' modules."""
+"""The whole model against transformers, and its merged mode against slow references.
+
+Those are built on transformers' modules.
+"""
 
 import json
 import math
@@ -32,7 +35,10 @@ def expand(ids, N):
 
 
 def assert_parity(folder, pixels, reference=None):
-    """Full mode: logits to 1e-5 relative and 12 greedy ids, against transformers on the same folder or its twin."""
+    """Full mode: logits to 1e-5 relative and 12 greedy ids.
+
+    Against transformers on the same folder or its twin.
+    """
     reference = LlavaForConditionalGeneration.from_pretrained(
         reference or folder, dtype=torch.float32
     ).eval()
@@ -44,9 +50,8 @@ def assert_parity(folder, pixels, reference=None):
         logits = llava(ids, pixels)
     assert logits.shape == expected.shape
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    answer = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[
-        0, inputs["input_ids"].shape[1] :
-    ]
+    answer = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+    answer = answer[inputs["input_ids"].shape[1] :]
     assert list(llava.generate(ids, pixels, max_new_tokens=12)) == answer.tolist()
     text = processor.prompt(QUESTION, image=False)
     with torch.no_grad():
@@ -131,7 +136,8 @@ def test_parity_of_a_config_with_its_defaults_left_out(tmp_path, pixels):
     for part, names in (
         (
             config,
-            "vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias",
+            "vision_feature_layer vision_feature_select_strategy projector_hidden_act "
+            "multimodal_projector_bias",
         ),
         (config["vision_config"], "hidden_act layer_norm_eps num_channels"),
         (
@@ -150,7 +156,10 @@ def test_parity_of_a_config_with_its_defaults_left_out(tmp_path, pixels):
 
 
 def encoder_by_sets(tower, pixels, thresholds):
-    """DToMe around transformers' CLIP or SigLIP, one image, token by token -> x, the set of positions of each."""
+    """DToMe around transformers' CLIP or SigLIP, one image, token by token.
+
+    -> x, the set of positions of each
+    """
     heads, clip = tower.config.num_attention_heads, hasattr(tower, "pre_layrnorm")
     with torch.no_grad():
         x = tower.embeddings(pixels[None])[0]
@@ -164,9 +173,8 @@ def encoder_by_sets(tower, pixels, thresholds):
             scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
             size = torch.tensor([float(len(p)) for p in positions])
             weight = scores.exp() * size  # Eq. 5 without a logarithm: |P| times the exponential
-            x = x + a.out_proj(
-                (weight / weight.sum(-1, keepdim=True) @ v).transpose(0, 1).flatten(1)
-            )
+            out = weight / weight.sum(-1, keepdim=True) @ v
+            x = x + a.out_proj(out.transpose(0, 1).flatten(1))
             score, partner = match(cosine(k.mean(0)), clip)
             keep = (score > tau).tolist()
             if any(keep):
@@ -178,21 +186,16 @@ def encoder_by_sets(tower, pixels, thresholds):
 @pytest.mark.parametrize("budget", [(2, 2, 2), (4, 3, 2), (6, 3, 1)])
 def test_eq1_to_eq5_encoder_equals_token_by_token(saved, llava, images, budget):
     found = find_thresholds(llava.vision_tower, images, budget, 6)
-    thresholds = tuple(
-        tau + 1e-4 for tau in found
-    )  # off the score of the edge that each was read from
-    tower = (
-        LlavaForConditionalGeneration.from_pretrained(saved, dtype=torch.float32)
-        .eval()
-        .model.vision_tower
-    )
+    # off the score of the edge that each was read from
+    thresholds = tuple(tau + 1e-4 for tau in found)
+    reference = LlavaForConditionalGeneration.from_pretrained(saved, dtype=torch.float32).eval()
+    tower = reference.model.vision_tower
     for image in images:
         x, token_at = llava.vision_tower(image, DyMU(thresholds=thresholds))
         expected, positions = encoder_by_sets(tower, image, thresholds)
         torch.testing.assert_close(x, expected[1:], rtol=1e-4, atol=1e-5)
-        assert [
-            {p + 1 for p in (token_at == t).nonzero().flatten().tolist()} for t in range(len(x))
-        ] == positions[1:]
+        sets = [set(((token_at == t).nonzero().flatten() + 1).tolist()) for t in range(len(x))]
+        assert sets == positions[1:]
         assert positions[0] == {0}
 
 
@@ -231,7 +234,10 @@ MERGED = DyMU(r=(4, 3, 2))
 
 
 def decoder_by_expansion(llava, rows, token_at, queries):
-    """Plain: expand every row, rotate, attend with an explicit N x N mask, average over positions; layer by layer."""
+    """Layer by layer, and plain.
+
+    Expand every row, rotate, attend with an explicit N x N mask, average over positions.
+    """
     c, x = llava.config.text_config, rows
     N, (cos, sin) = len(token_at), rope_table(len(token_at), c, rows.device)
     lists = [(token_at == t).nonzero().flatten().tolist() for t in range(len(rows))]
@@ -315,9 +321,8 @@ def test_cache_of_a_merged_prompt(llava, ids, pixels):
         rows, token_at = llava.splice(ids, llava.encode(pixels, settings))
         cache = KVCache()
         list(llava.decode(rows, token_at, cache, max_new_tokens=3, eos=()))
-        assert (
-            cache.bytes == (len(rows) + 2) * 3 * 2 * 2 * 16 * 4
-        )  # rows, layers, k and v, kv heads, head_dim, bytes
+        # rows, layers, k and v, kv heads, head_dim, bytes
+        assert cache.bytes == (len(rows) + 2) * 3 * 2 * 2 * 16 * 4
         sizes.append(cache.rows)
     assert sizes[0] - sizes[1] == sum(MERGED.r)
 
@@ -336,14 +341,9 @@ def test_an_expanded_cache_gives_the_same_answer_from_more_memory(llava, ids, pi
 def test_generation_ends_with_an_eos_which_it_yields(llava, ids, pixels):
     free = list(llava.generate(ids, pixels, max_new_tokens=8, eos=()))
     stop = free[3]
-    assert (
-        list(llava.generate(ids, pixels, max_new_tokens=8, eos=stop))
-        == free[: free.index(stop) + 1]
-    )
-    assert (
-        list(llava.generate(ids, pixels, max_new_tokens=8, eos=(stop, 1)))
-        == free[: free.index(stop) + 1]
-    )
+    for eos in (stop, (stop, 1)):
+        stopped = list(llava.generate(ids, pixels, max_new_tokens=8, eos=eos))
+        assert stopped == free[: free.index(stop) + 1]
     assert list(llava.generate(ids, pixels, max_new_tokens=2, eos=())) == free[:2]
 
 

@@ -1,5 +1,6 @@
 """The README is true: its files, line counts, functions, tests, commands, outputs and tables."""
 
+import ast
 import contextlib
 import importlib
 import json
@@ -19,18 +20,44 @@ from load import load_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "RESULTS.md", "DIFFERENCES.md", "extras/README.md", "thresholds/README.md"]
 TESTS = "".join(f.read_text() for f in (ROOT / "tests").glob("test_*.py"))
 
 
+def lines_of_code(path):
+    """Without blank lines, comments and docstrings."""
+    text = path.read_text()
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    code = (line.strip() for i, line in lines if i not in docstrings)
+    return sum(bool(line) and not line.startswith("#") for line in code)
+
+
 def test_files_exist_and_line_counts_hold():
-    rows = re.findall(r"^\| `([\w./]+)` \| (\d*) \|", README, re.M)
-    assert {name for name, _ in rows} >= {f.name for f in ROOT.glob("*.py")}
+    rows = re.findall(r"^\| \[?`([\w./]+)`(?:\]\(\S+\))? \| (\d+) \|", README, re.M)
+    assert {name for name, _ in rows} == {f.name for f in ROOT.glob("*.py")} | {"extras/"}
     for name, lines in rows:
-        assert (ROOT / name).exists(), name
-        if lines:
-            assert len((ROOT / name).read_text().splitlines()) == int(lines), name
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+        files = [ROOT / name] if name.endswith(".py") else (ROOT / name).glob("*.py")
+        assert sum(map(lines_of_code, files)) == int(lines), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_the_readme_is_short_and_the_code_comes_early():
+    assert len(README.encode()) <= 10_000
+    assert README[: README.index("## Read it")].count("\n") < 80
+
+
+def test_every_extra_is_told():
+    told = set(re.findall(r"^\*\*(\w+\.py)\*\*", (ROOT / "extras/README.md").read_text(), re.M))
+    assert told == {f.name for f in (ROOT / "extras").glob("*.py")} - {"__init__.py"}
 
 
 LARGE = dict(
@@ -69,9 +96,8 @@ def qwen(
 
 
 QWEN_05B = qwen(1024, 2816, 16, 24, 16, 152000) | dict(tie_word_embeddings=True)
-QWEN_7B = QWEN | dict(
-    intermediate_size=11008, vocab_size=152000
-)  # its other sizes are defaults, and left out
+# its other sizes are defaults, and left out
+QWEN_7B = QWEN | dict(intermediate_size=11008, vocab_size=152000)
 QWEN2_05B = qwen(896, 4864, 14, 24, 2, 152000) | dict(tie_word_embeddings=True)
 QWEN2_7B = qwen(3584, 18944, 28, 28, 4, 152128)
 CHECKPOINTS = {  # the config.json of each, as far as it says something about shapes
@@ -100,23 +126,29 @@ CHECKPOINTS = {  # the config.json of each, as far as it says something about sh
         dict(vision_config=SO400M, text_config=QWEN2_7B),
     ),
 }
-ROW = r"^\| `(llava-hf/[\w.-]+)` \| (CLIP|SigLIP) .+ \| (.+) \| ([\d.]+) B \| ([\d.]+) GB \| (\d+) \|$"
+ROW = (
+    r"^\| `(llava-hf/[\w.-]+)` \| (CLIP|SigLIP) .+ \| (.+) "
+    r"\| ([\d.]+) B \| ([\d.]+) GB \| (\d+) \|$"
+)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_every_supported_checkpoint_loads_by_shape(tmp_path, name):
-    """transformers' tensors of that config.json, in sparse files, pass our strict loader: the README's numbers hold."""
+    """transformers' tensors of that config.json, in sparse files, pass our strict loader.
+
+    The README's numbers hold.
+    """
     (row,) = [row[1:] for row in re.findall(ROW, README, re.M) if row[0] == name]
     family, config = CHECKPOINTS[name]
     with torch.device("meta"):
         theirs = CLASSES[family][1](CLASSES[family][0](**config))
     tied = config.get("tie_word_embeddings") or config["text_config"].get("tie_word_embeddings")
-    tensors = [
-        pair for pair in theirs.state_dict().items() if not (tied and pair[0] == "lm_head.weight")
-    ]
-    shards = {
-        f"model-{i:04}.safetensors": dict(tensors[i : i + 100]) for i in range(0, len(tensors), 100)
-    }
+    tensors = theirs.state_dict()
+    if tied:
+        tensors.pop("lm_head.weight", None)
+    tensors = list(tensors.items())
+    starts = range(0, len(tensors), 100)
+    shards = {f"model-{i:04}.safetensors": dict(tensors[i : i + 100]) for i in starts}
     for shard, part in shards.items():
         write_tensors(tmp_path / shard, part)
     index = {"weight_map": {key: shard for shard, part in shards.items() for key in part}}
@@ -126,32 +158,22 @@ def test_every_supported_checkpoint_loads_by_shape(tmp_path, name):
     n, c = sum(p.numel() for p in llava.parameters()), llava.config
     photo = torch.zeros(3, 1, 1) if family == "llava" else Picture(None, (960, 1280))
     tower = "CLIP" if c.vision_config.class_token else "SigLIP"
-    decoder = dict(llama="Vicuna", mistral="Mistral").get(
-        config["text_config"]["model_type"], "Qwen"
-    )
+    decoders = dict(llama="Vicuna", mistral="Mistral", qwen2="Qwen")
+    decoder = decoders[config["text_config"]["model_type"]]
     assert row[0] == tower and row[1].startswith(decoder)
     assert row[2:] == (f"{n / 1e9:.2f}", f"{2 * n / 1e9:.1f}", str(positions(photo, c)))
 
 
 def test_the_table_of_checkpoints_has_no_other_rows():
-    assert len(CHATS) == 5 and "one of\nthe five in `extras/families.py`" in README
+    assert len(CHATS) == 5 and "one of the five in `extras/families.py`" in README
     assert [row[0] for row in re.findall(ROW, README, re.M)] == list(CHECKPOINTS)
     assert README.count("| `llava-hf/") == len(CHECKPOINTS)
 
 
 def test_every_equation_names_a_function_and_a_test_that_exist():
     rows = re.findall(r"^\| .+ \| `([\w.]+)` \| `(test_\w+)` \|$", README, re.M)
-    modules = [
-        importlib.import_module(name)
-        for name in (
-            "dymu",
-            "model",
-            "extras.thresholds",
-            "extras.sampled",
-            "extras.anyres",
-            "extras.video",
-        )
-    ]
+    names = "dymu model extras.thresholds extras.sampled extras.anyres extras.video"
+    modules = [importlib.import_module(name) for name in names.split()]
     assert len(rows) >= 10
     for function, test in rows:
         owner, *attribute = function.split(".")
@@ -163,12 +185,8 @@ def test_every_equation_names_a_function_and_a_test_that_exist():
 
 
 def test_the_two_commands_are_those_of_ci_and_the_extras_exist():
-    extras = (
-        (ROOT / "pyproject.toml")
-        .read_text()
-        .split("[project.optional-dependencies]")[1]
-        .split("\n\n")[0]
-    )
+    extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    extras = extras.split("\n\n")[0]
     assert "pip install -e . && python demo.py\n" in README
     assert "pip install -e '.[test]' && pytest\n" in README
     assert "-e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
@@ -195,15 +213,11 @@ def test_the_python_example_runs(capsys, monkeypatch):
     assert capsys.readouterr().out.strip()
 
 
-def test_options_that_are_named_exist(capsys):
-    others = {
-        "--full",
-        "--shape",
-        "--clip",
-        "--nproc-per-node",
-        "--index-url",
-    }  # of lab, torchrun and pip
-    options = set(re.findall(r"`?(--[a-z][a-z-]+)", README)) - others
+@pytest.mark.parametrize("page", PAGES)
+def test_options_that_are_named_exist(page, capsys):
+    # of lab, torchrun and pip
+    others = {"--full", "--shape", "--clip", "--save", "--nproc-per-node", "--index-url"}
+    options = set(re.findall(r"`?(--[a-z][a-z-]+)", (ROOT / page).read_text())) - others
     help_text = demo_help(capsys)
     assert all(option in help_text for option in options), options
 
@@ -214,9 +228,13 @@ def demo_help(capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name, file", [("ablate", "ablate"), ("bench", "bench-tiny-llava"), ("bench", "bench-long")]
-)
+FILES = [("ablate", "ablate"), ("bench", "bench-tiny-llava"), ("bench", "bench-long")]
+
+
+@pytest.mark.parametrize("name, file", FILES)
 def test_tables_are_those_of_the_json(name, file):
-    table = importlib.import_module(f"lab.{name}").table
-    assert table(json.loads((ROOT / "lab" / f"{file}.json").read_text())) in README
+    module = importlib.import_module(f"lab.{name}")
+    results = json.loads((ROOT / "lab" / f"{file}.json").read_text())
+    assert module.table(results) in (ROOT / "RESULTS.md").read_text()
+    if file != "bench-long":
+        assert module.small_table(results) in README

@@ -52,33 +52,27 @@ def test_the_class_token_is_not_drawn(tmp_path):
 
 def test_what_stood_before_is_faded_and_what_merged_is_flat():
     view = picture((40, 40))
-    first, same, other = (
-        torch.tensor([[0, 0], [1, 2]]),
-        torch.tensor([[0, 3], [1, 2]]),
-        torch.tensor([[4, 5], [6, 7]]),
-    )
+    first = torch.tensor([[0, 0], [1, 2]])
+    same = torch.tensor([[0, 3], [1, 2]])
+    other = torch.tensor([[4, 5], [6, 7]])
     a, b, c = map(numbers, show.merged([view] * 3, [first, same, other]))
     original = numbers(view)
     inside = slice(2, 18), slice(22, 38)  # of a patch, away from lines
-    assert torch.equal(
-        a[22:38, 2:18], original[22:38, 2:18]
-    )  # a patch that kept a token of its own
+    own = slice(22, 38), slice(2, 18)
+    assert torch.equal(a[own], original[own])  # a patch that kept a token of its own
     mean = original[:20].float().mean((0, 1)).round()
     assert torch.equal(a[inside], mean.int().expand(16, 16, 3).to(a))  # a merged one
-    assert (
-        b[22:38, 2:18] - (0.2 * original[22:38, 2:18] + 0.8 * 255)
-    ).abs().max() <= 1  # it stood there before
+    faded = 0.2 * original[own] + 0.8 * 255
+    assert (b[own] - faded).abs().max() <= 1  # it stood there before
     assert torch.equal(b[inside], original[inside])  # new in the second picture
-    assert torch.equal(c[2:18, 2:18], original[2:18, 2:18]) and torch.equal(
-        c[inside], original[inside]
-    )
+    assert torch.equal(c[2:18, 2:18], original[2:18, 2:18])
+    assert torch.equal(c[inside], original[inside])
 
 
 def test_tall_pictures_stay_on_a_screen():
     report = SimpleNamespace(answer="yes", visual_tokens=9, virtual_tokens=900)
-    drawn = show.draw(
-        [picture((20, 900))], [("low", [torch.arange(300).view(150, 2)], report)], "what?"
-    )
+    grids = [torch.arange(300).view(150, 2)]
+    drawn = show.draw([picture((20, 900))], [("low", grids, report)], "what?")
     assert drawn.height < 1400
 
 

@@ -1,7 +1,9 @@
 """Thresholds: schedules, Eq. 4, files, and other similarities than the keys'."""
 
 import json
+import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_load import config_of
 
 from dymu import DyMU, cosine, match
 from extras.families import read_config
-from extras.thresholds import find_thresholds, read_thresholds, schedule
+from extras.thresholds import calibrate, find_thresholds, read_thresholds, schedule
 from model import check_layers
 
 
@@ -35,9 +37,8 @@ def test_eq4_thresholds_merge_r_per_image_on_their_own_batch(llava, images, r):
         left = [len(tower(image, DyMU(thresholds=upto))[0]) for image in images]
         assert sum(left) == len(images) * (16 - sum(r[:layers]))
     counts = [len(tower(image, DyMU(thresholds=thresholds))[0]) for image in images]
-    assert (
-        min(counts) < 16 - sum(r) < max(counts)
-    )  # plain pictures give up more tokens, busy ones fewer
+    # plain pictures give up more tokens, busy ones fewer
+    assert min(counts) < 16 - sum(r) < max(counts)
 
 
 def test_eq4_is_the_first_edge_left_out_averaged_over_batches(llava, images):
@@ -46,14 +47,12 @@ def test_eq4_is_the_first_edge_left_out_averaged_over_batches(llava, images):
     for image in images:
         _, _, k, _ = tower.layers[0].attend(tower.embed(image), None)
         scores.append(match(cosine(k.mean(0)))[0])
-    expected = [
-        torch.cat(scores[i : i + 2]).sort(descending=True).values[6].item() for i in (0, 2, 4)
-    ]
+    pairs = (torch.cat(scores[i : i + 2]) for i in (0, 2, 4))
+    expected = [pair.sort(descending=True).values[6].item() for pair in pairs]
     found = find_thresholds(tower, iter(images), r, 2)
     assert found == (pytest.approx(sum(expected) / 3), 1.0, 1.0)
-    assert (
-        find_thresholds(tower, images, (99, 0, 0), 6)[0] == 0.0
-    )  # more than there are edges: floored
+    # more than there are edges: floored
+    assert find_thresholds(tower, images, (99, 0, 0), 6)[0] == 0.0
     with pytest.raises(ValueError, match="no images"):
         find_thresholds(tower, [], r, 2)
     with pytest.raises(ValueError, match="2 r given"):
@@ -65,18 +64,74 @@ def test_presets_of_clip_l_are_those_of_the_paper():
         assert schedule(576 - left, 23) == (r,) * 23
 
 
+# ---- other similarities ----
+
+
+def states(seen):
+    return cosine(seen.x)
+
+
+def minus_distance(seen):
+    """No cosine: it is never above 0."""
+    return -torch.cdist(seen.x, seen.x)
+
+
+@pytest.mark.parametrize("similarity, floor", [(states, 0.0), (minus_distance, -math.inf)])
+def test_eq4_holds_for_any_similarity(llava, images, similarity, floor):
+    tower = llava.vision_tower
+    settings = DyMU(similarity=similarity)
+    thresholds = find_thresholds(tower, images, (3, 2, 0), len(images), settings, floor)
+    merging = DyMU(thresholds=thresholds, similarity=similarity)
+    counts = [len(tower(image, merging)[0]) for image in images]
+    assert sum(counts) == len(images) * (16 - 5) and min(counts) < max(counts)
+    assert (thresholds[0] < 0) == (similarity is minus_distance)
+
+
+def test_a_floor_of_0_is_for_cosines(llava, images):
+    """With it nothing would ever merge by a similarity that is never above 0."""
+    settings = DyMU(similarity=minus_distance)
+    thresholds = find_thresholds(llava.vision_tower, images, (3, 2, 1), 6, settings)
+    assert thresholds == (0.0, 0.0, 0.0)
+    merging = DyMU(thresholds=thresholds, similarity=minus_distance)
+    assert len(llava.vision_tower(images[0], merging)[0]) == 16
+
+
+def test_a_calibration_names_its_similarity(llava, images, folder):
+    """A file that was found with another similarity is refused by name."""
+    config = read_config(folder)
+    files = [Path(str(i)) for i in range(len(images))]
+
+    def read(file):
+        return images[int(file.name)]
+
+    found = dict(
+        calibrate(
+            llava.vision_tower, read, files, config, DyMU(similarity=minus_distance), -math.inf
+        )
+    )
+    assert found["high"]["tokens_mean"] == 11 and min(found["low"]["thresholds"]) < -1
+    found["similarity"] = minus_distance.__name__
+    (folder / "thresholds.json").write_text(json.dumps(found))
+    taus, _ = read_thresholds("high", folder, config, minus_distance)
+    assert list(taus) == list(found["high"]["thresholds"])
+    for spec in ("high", str(folder / "thresholds.json")):
+        message = "found with the similarity 'minus_distance', not 'similar_keys'"
+        with pytest.raises(ValueError, match=message):
+            read_thresholds(spec, folder, config)
+    with pytest.raises(ValueError, match="'minus_distance', not 'states'"):
+        read_thresholds("high", folder, config, states)
+
+
 # ---- files ----
 
 
 def test_thresholds_are_found_next_to_the_checkpoint(folder):
     config = read_config(folder)
-    (folder / "thresholds.json").write_text(
-        json.dumps({"low": {"thresholds": [0.9, 0.8, 0.7], "r": [4, 4, 4]}})
-    )
+    found = {"low": {"thresholds": [0.9, 0.8, 0.7], "r": [4, 4, 4]}}
+    (folder / "thresholds.json").write_text(json.dumps(found))
     assert read_thresholds("low", folder, config)[0] == (0.9, 0.8, 0.7)
-    with pytest.raises(
-        ValueError, match=re.escape(f"python demo.py --calibrate IMAGES_FOLDER --model {folder}")
-    ):
+    command = f"python demo.py --calibrate IMAGES_FOLDER --model {folder}"
+    with pytest.raises(ValueError, match=re.escape(command)):
         read_thresholds("mid", folder, config)
 
 
@@ -86,12 +141,9 @@ def test_the_published_sample_is_shipped_for_its_tower_alone(tmp_path):
     assert (len(taus), taus[0], taus[-1]) == (24, 0.99609375, 0.81640625)
     assert "bfloat16" in provenance["doubt"] and provenance["low"]["r"] == [21] * 24
     check_layers(DyMU(thresholds=taus), config.vision_layers, 24)
+    other = config_of(tmp_path, vision_config=dict(hidden_size=1024, num_attention_heads=16))
     with pytest.raises(ValueError, match="calibrate"):
-        read_thresholds(
-            "low",
-            tmp_path,
-            config_of(tmp_path, vision_config=dict(hidden_size=1024, num_attention_heads=16)),
-        )
+        read_thresholds("low", tmp_path, other)
 
 
 def test_thresholds_from_files(folder, tmp_path):
@@ -104,9 +156,8 @@ def test_thresholds_from_files(folder, tmp_path):
     for name, data in cases.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
         assert read_thresholds(str(tmp_path / f"{name}.json"), folder, config)[0] == (0.9, 0.8, 1.0)
-    assert (
-        read_thresholds(str(tmp_path / "budgets.json") + ":high", folder, config)[0] == (0.0,) * 4
-    )
+    high = read_thresholds(str(tmp_path / "budgets.json") + ":high", folder, config)[0]
+    assert high == (0.0,) * 4
 
 
 def test_thresholds_from_the_authors_checkpoint(folder, tmp_path):
@@ -114,9 +165,8 @@ def test_thresholds_from_the_authors_checkpoint(folder, tmp_path):
         f"visual.transformer.resblocks.{i}.threshold": torch.tensor(0.9 - i / 10)
         for i in (2, 0, 3, 1)
     }
-    torch.save(
-        {"state_dict": state | {"visual.proj": torch.ones(3)}, "epoch": 1}, tmp_path / "tome.pth"
-    )
+    whole = {"state_dict": state | {"visual.proj": torch.ones(3)}, "epoch": 1}
+    torch.save(whole, tmp_path / "tome.pth")
     found = read_thresholds(str(tmp_path / "tome.pth"), folder, read_config(folder))[0]
     assert found == pytest.approx((0.9, 0.8, 0.7, 0.6))
     for wrong in (

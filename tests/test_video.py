@@ -65,9 +65,8 @@ def test_frames_are_spread_evenly_from_the_first_to_the_last(tmp_path, name):
     ):
         found = read_frames(path, count)
         assert [frame.mode for frame in found] == ["RGB"] * len(found) and found[0].size == (64, 48)
-        assert shades(found) == pytest.approx(
-            [SHADES[i] for i in expected], abs=3
-        )  # a film is coded with loss
+        expected = [SHADES[i] for i in expected]
+        assert shades(found) == pytest.approx(expected, abs=3)  # a film is coded with loss
 
 
 @pytest.mark.parametrize("name", ["clip", "clip.jpg"])
@@ -141,7 +140,10 @@ def test_a_film_is_turned_as_it_says(tmp_path):
 
 
 def joined_by_lists(frames, threshold):
-    """One token at a time -> the members (frame, token) of each token, its average, the tokens at the positions."""
+    """One token at a time.
+
+    -> the members (frame, token) of each token, its average, the tokens at the positions
+    """
     members, average, maps = [], [], []
     for f, (x, at) in enumerate(frames):
         before, old, place = sorted(set(maps[-1])) if maps else [], [a.clone() for a in average], {}
@@ -156,12 +158,10 @@ def joined_by_lists(frames, threshold):
                 members.append([(f, t)])
                 average.append(x[t])
         for i, who in enumerate(members):  # every virtual position counts the same
-            sizes = torch.tensor(
-                [float((frames[g][1] == t).sum()) for g, t in who], dtype=torch.float64
-            )
-            average[i] = (torch.stack([frames[g][0][t] for g, t in who]) * sizes[:, None]).sum(
-                0
-            ) / sizes.sum()
+            sizes = [float((frames[g][1] == t).sum()) for g, t in who]
+            sizes = torch.tensor(sizes, dtype=torch.float64)
+            rows = torch.stack([frames[g][0][t] for g, t in who])
+            average[i] = (rows * sizes[:, None]).sum(0) / sizes.sum()
         maps.append([place[int(t)] for t in at])
     return members, average, maps
 
@@ -203,15 +203,10 @@ def test_a_still_scene_costs_one_frame(family):
             encode(llava, processor.video([frame] * n), settings, temporal=0.999) for n in (1, 3)
         )
         assert sum(len(x) for x, _ in three) == sum(len(x) for x, _ in one)
-        once = positions(processor.video([frame]), llava.config)
-        assert (
-            sum(len(at) for _, at in three)
-            == positions(processor.video([frame] * 3), llava.config)
-            >= 3 * once - 2
-        )
-        torch.testing.assert_close(
-            three[0][0][: len(one[0][0])], one[0][0][: len(three[0][0])], rtol=1e-4, atol=1e-4
-        )
+        once, thrice = (positions(processor.video([frame] * n), llava.config) for n in (1, 3))
+        assert sum(len(at) for _, at in three) == thrice >= 3 * once - 2
+        a, b = three[0][0], one[0][0]
+        torch.testing.assert_close(a[: len(b)], b[: len(a)], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -223,11 +218,11 @@ def test_what_moves_stays_and_positions_keep_their_order(family):
     few, joined_at = chain(joined)
     at, joined_at = torch.cat(at), torch.cat(joined_at)
     assert len(at) == len(joined_at) == positions(pixels, llava.config)
-    assert joined_at.bincount(minlength=len(few)).min() >= 1 and joined_at.bincount().sum() == len(
-        at
-    )
+    assert joined_at.bincount(minlength=len(few)).min() >= 1
+    assert joined_at.bincount().sum() == len(at)
     assert len(rows) / 3 < len(few) < len(rows)
-    # every position holds an average of rows that were alike, and those that joined nothing hold what they held
+    # every position holds an average of rows that were alike, and those that joined nothing hold
+    # what they held
     cosine = torch.nn.functional.cosine_similarity(rows[at], few[joined_at])
     assert cosine.min() > 0.97
     alone = joined_at.bincount()[joined_at] == at.bincount()[at]
