@@ -1,0 +1,99 @@
+"""The training of tiny/: interrupted and resumed it is the run that was not interrupted."""
+
+import json
+
+import torch
+
+from lab import train_tiny
+from lab.packing import EVERY_KIND, pack, scene_sample
+from lab.scenes import HELD_OUT, VARIANTS, scene
+from lab.untrained import build_model, build_tokenizer
+from load import load
+
+SHORT = train_tiny.Run(
+    steps=10,
+    pictures={8: 2, 12: 2, 16: 2},
+    measure_every=5,
+    held_out=1,
+    held_out_at_the_end=1,
+)
+
+
+def test_an_interrupted_run_equals_one_that_was_not(tmp_path):
+    whole = tmp_path / "whole"
+    parted = tmp_path / "parted"
+    assert train_tiny.train(whole, SHORT)
+    assert not train_tiny.train(parted, SHORT, interrupted=lambda step: step == 4)
+    assert train_tiny.train(parted, SHORT)
+
+    # Losses, accuracies and pictures seen agree at every measurement, so the data did too.
+    logs = [json.loads((folder / "training.json").read_text()) for folder in (whole, parted)]
+    assert [log["interruptions"] for log in logs] == [[], [4]]
+    for log in logs:
+        assert log["step"] == 10 and log["pictures"] == 20 and list(log["history"]) == ["5", "10"]
+        for measured in log["history"].values():
+            del measured["seconds"]
+    assert logs[0]["history"] == logs[1]["history"]
+
+    states = [torch.load(tmp_path / f"{name}.state") for name in ("whole", "parted")]
+    for part, same in zip(states[0]["parts"], states[1]["parts"]):
+        assert part.get("param_groups") == same.get("param_groups")  # with the learning rates
+        torch.testing.assert_close(part.get("state", part), same.get("state", same))
+
+    llava, processor = load(whole, "cpu", "float32")
+    pixels = processor.image(scene(HELD_OUT).image)
+    assert isinstance(processor.decode(llava.generate(processor.prompt("hello"), pixels)), str)
+
+
+def test_a_batch_follows_from_the_step_alone():
+    tokenizer = build_tokenizer()
+    assert tokenizer.to_str() == build_tokenizer().to_str()
+    first = train_tiny.Batches(SHORT, tokenizer)
+    second = train_tiny.Batches(SHORT, tokenizer)
+    expected = [first[step] for step in range(SHORT.steps)]
+    for step in reversed(range(SHORT.steps)):
+        batch = second[step]
+        assert all(torch.equal(batch[name], expected[step][name]) for name in batch)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    rates = [train_tiny.rate(step, 1000) for step in (0, 49, 100, 600, 800, 999)]
+    torch.testing.assert_close(rates, [0.01, 0.5, 1.0, 1.0, 0.5, 0.0025])
+
+
+def test_packed_questions_are_computed_as_one_prompt_each():
+    """Their logits are those that transformers gives for a prompt with that question alone."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    model = build_model(tokenizer).eval()
+    sample = scene_sample(HELD_OUT + 1, variant="crowded")
+    batch = pack([sample], tokenizer)
+    _, tokens = train_tiny.see(model, batch["pixels"], batch["cells"])
+    logits, _ = train_tiny.decode(model, batch, tokens)
+
+    processor = train_tiny.build_processor(tokenizer)
+    start = 0
+    for _, question, answer in sample.questions:
+        told = tokenizer.encode(f" {answer}", add_special_tokens=False).ids
+        text = f"USER: <image>\n{question} ASSISTANT: {answer}"
+        picture = scene(HELD_OUT + 1, variant="crowded").image
+        inputs = processor(images=picture, text=text, return_tensors="pt")
+        n = len(told) + 1  # </s> too
+        alone = model(**inputs).logits[0, -n:]
+        torch.testing.assert_close(logits[start : start + n], alone, rtol=1e-4, atol=1e-4)
+        start += n
+    assert start == len(logits)
+
+
+def test_variants_are_what_they_say():
+    for seed in range(20):
+        small = scene(HELD_OUT + seed, variant="small")
+        texts = [t for t in small.things if t.text]
+        assert {t.kind for t in texts} == {"word", "number"}
+        assert all(17 <= t.size <= 29 for t in texts)
+
+        crowded = scene(HELD_OUT + seed, variant="crowded")
+        assert 8 <= len(crowded.things) <= 10
+        for variant, drawn in zip(VARIANTS, (small, crowded)):
+            kinds = {kind for kind, _, _ in drawn.questions}
+            assert kinds <= set(EVERY_KIND) and all(kind.startswith(variant) for kind in kinds)
