@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from lab import train_tiny
@@ -97,3 +98,17 @@ def test_variants_are_what_they_say():
         for variant, drawn in zip(VARIANTS, (small, crowded)):
             kinds = {kind for kind, _, _ in drawn.questions}
             assert kinds <= set(EVERY_KIND) and all(kind.startswith(variant) for kind in kinds)
+
+
+def test_the_log_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lab.plot import plot
+
+    accuracy = {"scenes": {"all": 50.0, "color": 40.0}, "easy-VQA": {"all": 60.0, "easy": 60.0}}
+    measured = {"pictures": 100, "losses": {"dense": 3.0}, "accuracy": accuracy}
+    later = measured | {"pictures": 200, "losses": {"dense": 2.0, "reading": 1.0}}
+    figure = plot({"history": {"5": measured, "10": later}})
+    left, right = figure.axes
+    assert [list(line.get_xdata()) for line in right.lines] == [[100, 200]] * 2
+    drawn = {line.get_label(): list(line.get_ydata()) for line in left.lines}
+    assert drawn["dense"] == [3.0, 2.0] and drawn["reading"] == [1.0]
