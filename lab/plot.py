@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from config import read_json
+from extras.door import read_json
 
 LOSSES = ("dense", "named", "apart", "next", "reading", "description", "counting", "relation")
 
