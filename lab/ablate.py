@@ -2,7 +2,7 @@
 
 With virtual unmerging and without.
 
-    python -m lab.ablate              # under 3 minutes on 2 cores; writes lab/ablate.json
+    python -m lab.ablate              # under 5 minutes on 2 cores; writes lab/ablate.json
                                       # and prints its tables
     python -m lab.ablate --full       # 1000 scenes and all of easy-VQA's test split: half an hour
     python -m lab.ablate --render     # only prints the tables of lab/ablate.json
@@ -18,6 +18,7 @@ every answer of a cell is right its interval has no width.
 """
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import functools
@@ -41,33 +42,113 @@ from dymu import DyMU
 from extras.door import find, one_line, read_json
 from extras.families import read_config
 from extras.sampled import spread
-from extras.thresholds import BUDGETS, find_thresholds, merges, read_thresholds, schedule
+from extras.thresholds import BUDGETS, find_thresholds, read_thresholds, schedule
 from lab.scenes import GRID, HELD_OUT, KINDS, ask, blind_guess, easy_pictures, place_things, scene
 from lab.tables import head, line, save
 from load import load
-from model import KVCache
+from model import KVCache, Llava, LlavaConfig
 
-VTU = {"VTU": {}, "VTU with 1 query": dict(queries=spread(1)), "no VTU": dict(vtu=False)}
-OTHERS = {  # DToMe mid with another schedule, or with thresholds found on scenes of one level only
-    "linear schedule": ("linear", None),
-    "reverse linear schedule": ("reverse_linear", None),
-    "thresholds of plain scenes": ("constant", 0.0),
-    "thresholds of cluttered scenes": ("constant", 1.0),
+# ---- the rows: ways to merge, each with ways to unmerge ----
+
+# of each budget, the share of the tokens that is left
+SHARES = {
+    "high": BUDGETS["high"],
+    "mid": BUDGETS["mid"],
+    "low": BUDGETS["low"],
+    "10 %": 0.10,
+    "5 %": 0.05,
 }
-PAIRS = {  # differences between rows, at each budget
+FEW = ("low", "10 %", "5 %")  # those that leave room for differences
+
+# A layer pairs half of its tokens. For few tokens a constant schedule would ask the last layers for
+# more pairs than they have.
+SCHEDULES = {
+    "high": "constant",
+    "mid": "constant",
+    "low": "constant",
+    "10 %": "linear",
+    "5 %": "linear",
+}
+
+VTU = {
+    "VTU": {},
+    "VTU with 1 query": dict(queries=spread(1)),
+    "no VTU": dict(vtu=False),
+}
+
+# other rows -> budget, schedule, level of the scenes that gave the thresholds (None: all levels)
+OTHERS = {
+    "DToMe low, VTU, linear schedule": ("low", "linear", None),
+    "DToMe low, VTU, reverse linear schedule": ("low", "reverse_linear", None),
+    "DToMe 10 %, VTU, constant schedule": ("10 %", "constant", None),
+    "DToMe 10 %, VTU, reverse linear schedule": ("10 %", "reverse_linear", None),
+    "DToMe mid, VTU, thresholds of plain scenes": ("mid", "constant", 0.0),
+    "DToMe mid, VTU, thresholds of cluttered scenes": ("mid", "constant", 1.0),
+}
+
+# ---- the columns: sets of pictures, and kinds of questions ----
+
+VARIANT = {"scenes": "", "small text": "small", "crowded": "crowded"}  # of drawn sets
+SETS = ("scenes", "easy-VQA", "small text", "crowded")
+
+# column -> its set of pictures, and which kinds of questions it counts
+COLUMNS = {
+    "scenes": ("scenes", KINDS),
+    "easy-VQA": ("easy-VQA", ("easy-VQA",)),
+    "small text": ("small text", tuple(f"small {kind}" for kind in KINDS)),
+    "crowded": ("crowded", tuple(f"crowded {kind}" for kind in KINDS)),
+}
+COLUMNS |= {kind: ("scenes", (kind,)) for kind in KINDS}
+COLUMNS |= {
+    "small reading": ("small text", ("small reading",)),
+    "crowded counting": ("crowded", ("crowded counting",)),
+    "crowded description": ("crowded", ("crowded description",)),
+}
+
+# ---- differences between rows ----
+
+# at each budget
+PAIRS = {
     "DToMe, VTU: minus full": ("DToMe {}, VTU", "full"),
     "DToMe, VTU: minus ToMe, VTU": ("DToMe {}, VTU", "ToMe {}, VTU"),
     "DToMe: VTU minus no VTU": ("DToMe {}, VTU", "DToMe {}, no VTU"),
-    "ToMe: VTU minus no VTU": ("ToMe {}, VTU", "ToMe {}, no VTU"),
     "DToMe, VTU: 1 query per token minus all": ("DToMe {}, VTU with 1 query", "DToMe {}, VTU"),
+    "ToMe: VTU minus no VTU": ("ToMe {}, VTU", "ToMe {}, no VTU"),
 }
-COLUMNS = {"scenes": KINDS, "easy-VQA": ("easy-VQA",)} | {kind: (kind,) for kind in KINDS}
-THRESHOLD_SCENES, BATCH, BLIND_SCENES, RESAMPLES = 128, 64, 5000, 2000
+PAIRS_OF_VARIANTS = tuple(PAIRS)[:4]
+
+# of schedules
+LOW = "DToMe low, VTU"
+TENTH = "DToMe 10 %, VTU"
+SCHEDULE_PAIRS = {
+    "low: linear minus constant": (f"{LOW}, linear schedule", LOW),
+    "low: linear minus reverse linear": (
+        f"{LOW}, linear schedule",
+        f"{LOW}, reverse linear schedule",
+    ),
+    "10 %: linear minus constant": (TENTH, f"{TENTH}, constant schedule"),
+    "10 %: linear minus reverse linear": (TENTH, f"{TENTH}, reverse linear schedule"),
+}
+
+THRESHOLD_SCENES = 128
+BATCH = 64
+BLIND_SCENES = 5000
+RESAMPLES = 2000
 
 
 # ---- measuring: one picture at a time, in one process per core ----
 
 loaded = functools.cache(load)  # once per process
+
+
+def tokens_left(config: LlavaConfig, budget: str) -> int:
+    return round(config.visual_tokens * SHARES[budget])
+
+
+def merges(config: LlavaConfig, budget: str, kind: str) -> tuple[int, ...]:
+    """The r_i of this schedule that leave the budget's share of the tokens."""
+    merged = config.visual_tokens - tokens_left(config, budget)
+    return schedule(merged, config.vision_layers, kind)
 
 
 def thresholds_on(folder: Path, r: tuple[int, ...], level: float | None) -> tuple[float, ...]:
@@ -80,61 +161,102 @@ def thresholds_on(folder: Path, r: tuple[int, ...], level: float | None) -> tupl
 def all_settings(folder: Path, pool: ProcessPoolExecutor) -> dict[str, DyMU]:
     """The rows.
 
-    The budgets' thresholds are the checkpoint's own if it has any; all others are found here.
+    The thresholds of low, mid and high are the checkpoint's own if it has any; all others are found
+    here.
     """
-    config, own = read_config(folder), (folder / "thresholds.json").is_file()
-    r = {budget: merges(budget, config) for budget in BUDGETS}
-    jobs = {} if own else {budget: (r[budget], None) for budget in BUDGETS}
-    for name, (kind, level) in OTHERS.items():
-        jobs[name] = schedule(sum(r["mid"]), config.vision_layers, kind), level
+    config = read_config(folder)
+    r = {budget: merges(config, budget, SCHEDULES[budget]) for budget in SHARES}
+
+    found = {}
+    if (folder / "thresholds.json").is_file():
+        found = {budget: read_thresholds(budget, folder, config)[0] for budget in BUDGETS}
+
+    jobs = {budget: (r[budget], None) for budget in SHARES if budget not in found}
+    for name, (budget, kind, level) in OTHERS.items():
+        jobs[name] = merges(config, budget, kind), level
     find_one = functools.partial(thresholds_on, folder)
-    found = dict(zip(jobs, pool.map(find_one, *zip(*jobs.values()))))
-    found |= {budget: read_thresholds(budget, folder, config)[0] for budget in BUDGETS if own}
-    ways = {f"ToMe {budget}": dict(r=r[budget]) for budget in BUDGETS}
-    ways |= {f"DToMe {budget}": dict(thresholds=found[budget]) for budget in BUDGETS}
-    rows = {
-        f"{way}, {name}": DyMU(**merging, **vtu)
-        for way, merging in ways.items()
-        for name, vtu in VTU.items()
-    }
-    others = {f"DToMe mid, VTU, {name}": DyMU(thresholds=found[name]) for name in OTHERS}
-    return {"full": DyMU()} | rows | others
+    found |= zip(jobs, pool.map(find_one, *zip(*jobs.values())))
+
+    ways = {f"ToMe {budget}": dict(r=r[budget]) for budget in SHARES}
+    ways |= {f"DToMe {budget}": dict(thresholds=found[budget]) for budget in SHARES}
+    rows = {"full": DyMU()}
+    for way, merging in ways.items():
+        for name, unmerging in VTU.items():
+            rows[f"{way}, {name}"] = DyMU(**merging, **unmerging)
+    for name in OTHERS:
+        rows[name] = DyMU(thresholds=found[name])
+    return rows
 
 
+@functools.cache
 def easy_list(split: str) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """easy-VQA's pictures as files, each with its (kind, question, answer)s, by their number."""
     return [one for _, one in sorted(easy_pictures(split, "easy-VQA").items())]
 
 
 @torch.inference_mode()
-def examine(folder: Path, rows: dict[str, DyMU], picture) -> dict:
-    """picture: the seed of a scene, or a file and its questions.
+def examine(folder: Path, rows: dict[str, DyMU], name: str, number: int) -> dict:
+    """One picture of a set: what each row leaves of its tokens, and answers rightly.
 
-    It is encoded once for each way of merging.
+    name: of the set; number: the scene's seed, or that of easy-VQA's picture. A picture is encoded
+    once for each way of merging.
     """
     llava, processor = loaded(folder, "cpu", "float32")
-    if isinstance(picture, int):
-        drawn = scene(picture)
-        picture = drawn.image, drawn.questions
-    image, questions = picture
-    pixels, jpeg = processor.image(image), io.BytesIO()
+    if name == "easy-VQA":
+        image, questions = easy_list("test")[number]
+    else:
+        drawn = scene(number, variant=VARIANT[name])
+        image = drawn.image
+        questions = drawn.questions
+
+    pixels = processor.image(image)
+    jpeg = io.BytesIO()
     processor.view(image).save(jpeg, "JPEG")  # at Pillow's quality 75
+
     asked = []
     for _, question, answer in questions:
         told = processor.tokenizer.encode(f" {answer}", add_special_tokens=False).ids
-        told = [*told, llava.config.eos_token_id[0]]
-        asked.append((torch.cat((processor.prompt(question), torch.tensor(told[:-1]))), told))
+        told.append(llava.config.eos_token_id[0])
+        ids = torch.cat((processor.prompt(question), torch.tensor(told[:-1])))
+        asked.append((ids, told))
+
     encode = functools.cache(lambda merging: llava.encode(pixels, merging))
-    complexity = jpeg.tell() / pixels[0].numel()
-    found = dict(questions=questions, bytes_per_pixel=complexity, tokens={}, right={})
-    for name, settings in rows.items():
+    tokens = {}
+    right = {}
+    for row, settings in rows.items():
         visual = encode(dataclasses.replace(settings, vtu=True, queries=None))
-        found["tokens"][name], found["right"][name] = len(visual[0][0]), []
-        for ids, told in asked:
-            x, token_at = llava.splice(ids, visual, settings.vtu)
-            x = llava.language_model(x, token_at, KVCache(), settings.queries)[-len(told) :]
-            found["right"][name].append(llava.logits(x).argmax(-1).tolist() == told)
-    return found
+        tokens[row] = len(visual[0][0])
+        right[row] = right_answers(llava, visual, settings, asked)
+
+    return dict(
+        questions=questions,
+        bytes_per_pixel=jpeg.tell() / pixels[0].numel(),
+        tokens=tokens,
+        right=right,
+    )
+
+
+def right_answers(llava: Llava, visual: list, settings: DyMU, asked: list) -> list[bool]:
+    """Which of the questions about a picture are answered rightly.
+
+    asked: (ids, told) of each: the prompt with the right answer, and the ids to be foretold. The
+    prompts are alike up to the picture, so that part is read once.
+    """
+    (placeholder,) = llava.find_placeholders(asked[0][0], 1)
+    seen = KVCache()
+    right = []
+    for ids, told in asked:
+        rows, token_at = llava.splice(ids, visual, settings.vtu)
+        text = len(ids) - 1 - placeholder
+        if not right:
+            llava.language_model(rows[:-text], token_at[:-text], seen, settings.queries)
+
+        cache = copy.copy(seen)
+        cache.kv = dict(seen.kv)
+        x = llava.language_model(rows[-text:], token_at, cache, settings.queries)
+        foretold = llava.logits(x[-len(told) :]).argmax(-1)
+        right.append(foretold.tolist() == told)
+    return right
 
 
 # ---- from single answers to results ----
@@ -145,19 +267,21 @@ def accuracy(pictures: list[dict], kinds, names: list[str]) -> Tensor:
 
     -> (1 + RESAMPLES, rows): of the pictures, then of resamples
     """
-    chosen = [
-        [i for i, (kind, _, _) in enumerate(p["questions"]) if kind in kinds] for p in pictures
-    ]
-    asked = torch.tensor([float(len(c)) for c in chosen])
-    right = torch.tensor(
-        [[float(sum(p["right"][n][i] for i in c)) for n in names] for p, c in zip(pictures, chosen)]
-    )
-    n, generator = len(pictures), torch.Generator().manual_seed(0)
+    asked = []
+    right = []
+    for p in pictures:
+        chosen = [i for i, (kind, _, _) in enumerate(p["questions"]) if kind in kinds]
+        asked.append(float(len(chosen)))
+        right.append([float(sum(p["right"][name][i] for i in chosen)) for name in names])
+
+    n = len(pictures)
+    generator = torch.Generator().manual_seed(0)
     draw = torch.randint(n, (RESAMPLES, n), generator=generator)
+
     # how often each picture is drawn
     times = torch.zeros(draw.shape).scatter_add_(1, draw, torch.ones(draw.shape))
     times = torch.cat((torch.ones_like(times[:1]), times))
-    return 100 * times @ right / (times @ asked)[:, None]
+    return 100 * times @ torch.tensor(right) / (times @ torch.tensor(asked))[:, None]
 
 
 def interval(values: Tensor) -> list[float]:
@@ -174,168 +298,309 @@ def mean_std(pictures: list[dict], name: str) -> list[float]:
 
 def spearman(a: list[float], b: list[float]) -> float:
     """The correlation of the ranks, where equal values share their mean rank."""
-    a, b = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
-    ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (a, b)]
+    ranks = []
+    for values in (a, b):
+        v = torch.tensor(values, dtype=torch.float64)
+        ranks.append((v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2)
     return round(torch.corrcoef(torch.stack(ranks))[0, 1].item(), 3)
 
 
-def summarise(scenes: list[dict], easy: list[dict], names: list[str]) -> dict:
-    share = {
-        c: accuracy(easy if c == "easy-VQA" else scenes, kinds, names)
-        for c, kinds in COLUMNS.items()
-    }
+def summarise(found: dict[str, list[dict]], names: list[str]) -> dict:
+    """found: of each set its pictures, as `examine` gives them; names: of the rows"""
+    share = {}
+    for column, (which, kinds) in COLUMNS.items():
+        values = accuracy(found[which], kinds, names)
+        share[column] = dict(zip(names, values.T))
+
     rows = {}
-    for i, name in enumerate(names):
-        cells = {column: interval(values[:, i]) for column, values in share.items()}
+    for name in names:
         rows[name] = dict(
-            tokens=mean_std(scenes, name), tokens_easy=mean_std(easy, name), accuracy=cells
+            tokens={which: mean_std(found[which], name) for which in SETS},
+            accuracy={column: interval(of[name]) for column, of in share.items()},
         )
-    of = dict(zip(names, share["scenes"].T))
-    pairs = {
-        label: {budget: interval(of[a.format(budget)] - of[b.format(budget)]) for budget in BUDGETS}
-        for label, (a, b) in PAIRS.items()
-    }
-    # Fig. 3: complexity as JPEG bytes per pixel
-    complexity = [p["bytes_per_pixel"] for p in scenes]
-    correlation = {
-        b: spearman(complexity, [p["tokens"][f"DToMe {b}, VTU"] for p in scenes]) for b in BUDGETS
-    }
-    order, n, thirds = sorted(scenes, key=lambda p: p["bytes_per_pixel"]), len(scenes), {}
+
+    complexity = [p["bytes_per_pixel"] for p in found["scenes"]]
+    correlation = {}
+    for budget in FEW:
+        tokens = [p["tokens"][f"DToMe {budget}, VTU"] for p in found["scenes"]]
+        correlation[budget] = spearman(complexity, tokens)
+
+    asked, blind = without_pictures(found)
+    return dict(
+        asked=asked,
+        blind=blind,
+        rows=rows,
+        pairs={which: differences(which, share[which]) for which in VARIANT},
+        schedules=differences_of_schedules(share),
+        spearman=correlation,
+        thirds=in_thirds(found["scenes"], names),
+    )
+
+
+def differences(which: str, share: dict[str, Tensor]) -> dict:
+    """Of rows on one set of pictures, at each budget."""
+    labels = PAIRS if which == "scenes" else PAIRS_OF_VARIANTS
+    out = {}
+    for label in labels:
+        a, b = PAIRS[label]
+        out[label] = {}
+        for budget in SHARES:
+            difference = share[a.format(budget)] - share[b.format(budget)]
+            out[label][budget] = interval(difference)
+    return out
+
+
+def differences_of_schedules(share: dict[str, dict[str, Tensor]]) -> dict:
+    out = {}
+    for label, (a, b) in SCHEDULE_PAIRS.items():
+        out[label] = {which: interval(share[which][a] - share[which][b]) for which in VARIANT}
+    return out
+
+
+def in_thirds(scenes: list[dict], names: list[str]) -> dict:
+    """Fig. 3: complexity as JPEG bytes per pixel"""
+    shown = ["full"]
+    for budget in FEW:
+        shown += [f"ToMe {budget}, VTU", f"DToMe {budget}, VTU"]
+
+    order = sorted(scenes, key=lambda p: p["bytes_per_pixel"])
+    n = len(order)
+    thirds = {}
     for third in (order[: n // 3], order[n // 3 : n - n // 3], order[n - n // 3 :]):
-        values = dict(zip(names, accuracy(third, KINDS, names).T))
         label = f"{third[0]['bytes_per_pixel']:.3f} to {third[-1]['bytes_per_pixel']:.3f}"
-        shown = (
-            "full",
-            *(f"{method} {budget}, VTU" for budget in BUDGETS for method in ("ToMe", "DToMe")),
-        )
+        of = dict(zip(names, accuracy(third, KINDS, names).T))
         thirds[label] = {
-            name: dict(tokens=mean_std(third, name), accuracy=interval(values[name]))
-            for name in shown
+            name: dict(tokens=mean_std(third, name), accuracy=interval(of[name])) for name in shown
         }
-    # what one would get right without the picture
-    seen = [item for _, questions in easy_list("train") for item in questions]
+    return thirds
+
+
+def without_pictures(found: dict[str, list[dict]]) -> tuple[dict, dict]:
+    """Of each column the number of questions, and what one would get right without the picture."""
+    items = {}
+    guess = {}
+    for which, pictures in found.items():
+        items[which] = [item for p in pictures for item in p["questions"]]
+        guess |= blind_guess(questions_of_training(which), items[which])
+
+    asked = {}
+    blind = {}
+    for column, (which, kinds) in COLUMNS.items():
+        counted = [kind for kind, _, _ in items[which] if kind in kinds]
+        asked[column] = len(counted)
+        blind[column] = round(100 * statistics.fmean(guess[kind] for kind in counted), 2)
+    return asked, blind
+
+
+def questions_of_training(which: str) -> list[tuple[str, str, str]]:
+    """Like those of this set, about pictures that are not held out."""
+    if which == "easy-VQA":
+        return [item for _, questions in easy_list("train") for item in questions]
+
+    variant = VARIANT[which]
+    out = []
     for seed in range(BLIND_SCENES):
         rng = random.Random(seed)
-        seen += ask(rng, place_things(rng, rng.random(), GRID, (0, 0)), 10)
-    items = [item for p in scenes + easy for item in p["questions"]]
-    asked = {
-        column: sum(kind in kinds for kind, _, _ in items) for column, kinds in COLUMNS.items()
-    }
-    guess = blind_guess(seen, items)
-    blind = {
-        c: 100 * sum(guess[k] * asked[k] for k in kinds) / asked[c] for c, kinds in COLUMNS.items()
-    }
-    blind = {column: round(percent, 2) for column, percent in blind.items()}
-    return dict(
-        asked=asked, blind=blind, rows=rows, pairs=pairs, spearman=correlation, thirds=thirds
-    )
+        things = place_things(rng, rng.random(), GRID, (0, 0), variant)
+        for kind, question, answer in ask(rng, things, 10):
+            out.append((f"{variant} {kind}".strip(), question, answer))
+    return out
 
 
 def written(settings: DyMU) -> dict:
     """Settings as JSON has them."""
     queries = None if settings.queries is None else settings.queries.keywords["queries"]
-    merging = dict(thresholds=settings.thresholds, r=settings.r)
-    return merging | dict(vtu=settings.vtu, queries=queries)
+    return dict(
+        thresholds=settings.thresholds,
+        r=settings.r,
+        vtu=settings.vtu,
+        queries=queries,
+    )
 
 
 # ---- showing ----
 
 
+def bracket(values, sign="") -> str:
+    return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*values, s=sign)
+
+
+def mean_and_std(values) -> str:
+    mean, std = values
+    return f"{mean:.0f} ± {std:.0f}"
+
+
 def table(results: dict) -> str:
     """The tables of RESULTS.md, from the content of the JSON file alone."""
+    pictures = results["pictures"]
+    left = results["tokens_left"]
+    budgets = ", ".join(f"{budget} {n}" for budget, n in left.items())
 
-    def bracket(values, sign=""):
-        return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*values, s=sign)
-
-    def tokens(mean, std):
-        return f"{mean:.0f} ± {std:.0f}"
-
-    pictures, asked, blind = results["pictures"], results["asked"], results["blind"]
-    wide = ("scenes", "easy-VQA")
     out = [
-        f"Right answers in %, on {pictures['scenes']} held-out scenes and {pictures['easy-VQA']} "
-        "test pictures of easy-VQA, with 95 % bootstrap intervals over pictures. Tokens: mean ± "
-        "standard deviation over pictures. Unless a row says otherwise, its schedule is constant "
-        "and its thresholds are from scenes of all levels.",
+        f"Right answers in %, on {pictures['scenes']} held-out scenes, {pictures['easy-VQA']} test "
+        f"pictures of easy-VQA, {pictures['small text']} scenes with small text (12 to 20 pixels "
+        f"high in the place of 28) and {pictures['crowded']} crowded ones (nine or ten objects), "
+        "with 95 % bootstrap intervals over pictures. Tokens: mean ± standard deviation over "
+        f"pictures; the budgets are {budgets} of 256. Unless a row says otherwise, the schedule is "
+        "constant, at 10 % and 5 % linear, and thresholds are from scenes of all levels, neither "
+        "with small text nor crowded: on other pictures DToMe leaves other numbers of tokens.",
         "",
-        *head("", "tokens, scenes", "tokens, easy-VQA", *COLUMNS),
-        line("questions", "", "", *(str(asked[c]) for c in COLUMNS)),
-        line("best blind guess", "", "", *(f"{blind[c]:.{int(c in wide)}f}" for c in COLUMNS)),
+        *table_of_sets(results),
+        "",
+        schedule_note(results),
+        "",
+        "The same by kind of question, the first eight on the scenes:",
+        "",
+        *table_of_kinds(results),
     ]
-    for name, row in results["rows"].items():
-        cells = (bracket(v) if c in wide else f"{v[0]:.0f}" for c, v in row["accuracy"].items())
-        out.append(line(name, tokens(*row["tokens"]), tokens(*row["tokens_easy"]), *cells))
-    out += ["", "Differences on the scenes, in points:", "", *head("", *BUDGETS)]
-    out += [
-        line(label, *(bracket(v, "+") for v in pair.values()))
-        for label, pair in results["pairs"].items()
-    ]
+
+    names = {
+        "scenes": "the scenes",
+        "small text": "the scenes with small text",
+        "crowded": "the crowded scenes",
+    }
+    for which, pairs in results["pairs"].items():
+        out += ["", f"Differences on {names[which]}, in points:", "", *head("", *left)]
+        for label, pair in pairs.items():
+            out.append(line(label, *(bracket(v, "+") for v in pair.values())))
+
+    out += ["", "Differences between schedules (DToMe, VTU), in points:", "", *head("", *VARIANT)]
+    for label, pair in results["schedules"].items():
+        out.append(line(label, *(bracket(v, "+") for v in pair.values())))
+
     thirds = results["thirds"]
-    out += [
-        "",
-        "Scenes in thirds by JPEG bytes per pixel, tokens and right answers in %:",
-        "",
-        *head("", *thirds),
-    ]
+    title = "Scenes in thirds by JPEG bytes per pixel, tokens and right answers in %:"
+    out += ["", title, "", *head("", *thirds)]
     for name in next(iter(thirds.values())):
-        cells = (third[name] for third in thirds.values())
-        out.append(
-            line(name, *(f"{tokens(*c['tokens'])}: {bracket(c['accuracy'])}" for c in cells))
-        )
+        cells = []
+        for third in thirds.values():
+            cell = third[name]
+            cells.append(f"{mean_and_std(cell['tokens'])}: {bracket(cell['accuracy'])}")
+        out.append(line(name, *cells))
+
     found = ", ".join(f"{value:.2f} at {budget}" for budget, value in results["spearman"].items())
-    return "\n".join(
-        [*out, "", f"Spearman correlation of DToMe's tokens with JPEG bytes per pixel: {found}."]
+    out += ["", f"Spearman correlation of DToMe's tokens with JPEG bytes per pixel: {found}."]
+    return "\n".join(out)
+
+
+def table_of_sets(results: dict) -> list[str]:
+    asked = results["asked"]
+    blind = results["blind"]
+    nothing = [""] * len(SETS)
+    out = head("", *(f"tokens, {which}" for which in SETS), *SETS)
+    out.append(line("questions", *nothing, *(str(asked[which]) for which in SETS)))
+    out.append(line("best blind guess", *nothing, *(f"{blind[which]:.1f}" for which in SETS)))
+    for name, row in results["rows"].items():
+        tokens = [mean_and_std(row["tokens"][which]) for which in SETS]
+        cells = [bracket(row["accuracy"][which]) for which in SETS]
+        out.append(line(name, *tokens, *cells))
+    return out
+
+
+def table_of_kinds(results: dict) -> list[str]:
+    kinds = [column for column in COLUMNS if column not in SETS]
+    asked = results["asked"]
+    blind = results["blind"]
+    out = head("", *kinds)
+    out.append(line("questions", *(str(asked[kind]) for kind in kinds)))
+    out.append(line("best blind guess", *(f"{blind[kind]:.0f}" for kind in kinds)))
+    for name, row in results["rows"].items():
+        out.append(line(name, *(f"{row['accuracy'][kind][0]:.0f}" for kind in kinds)))
+    return out
+
+
+def schedule_note(results: dict) -> str:
+    """Which budgets the schedules do not reach."""
+
+    def left(name):
+        return mean_and_std(results["rows"][name]["tokens"]["scenes"])
+
+    wanted = results["tokens_left"]
+    return (
+        "A layer can merge half of its tokens and no more, so a schedule that merges much in the "
+        "last layers does not get down to few tokens. On the scenes it really leaves: at low "
+        f"({wanted['low']} wanted) constant {left(LOW)}, "
+        f"linear {left(f'{LOW}, linear schedule')}, "
+        f"reverse linear {left(f'{LOW}, reverse linear schedule')}; at 10 % "
+        f"({wanted['10 %']} wanted) constant {left(f'{TENTH}, constant schedule')}, "
+        f"linear {left(TENTH)}, "
+        f"reverse linear {left(f'{TENTH}, reverse linear schedule')}."
     )
 
 
 def small_table(results: dict) -> str:
-    """The README's: with VTU and without, at low."""
+    """The README's: with VTU and without, at low and at 5 %."""
+    rows = results["rows"]
 
     def cell(name):
-        return "{:.1f} [{:.1f}, {:.1f}]".format(*results["rows"][name]["accuracy"]["scenes"])
+        return bracket(rows[name]["accuracy"]["scenes"])
 
-    out = head("right answers in %, at *low*", "tokens", "with VTU", "without")
+    out = head("right answers in %", "tokens", "with VTU", "without")
     out.append(line("full length", "256", cell("full"), ""))
-    for method in ("ToMe", "DToMe"):
-        mean, std = results["rows"][f"{method} low, VTU"]["tokens"]
-        cells = (cell(f"{method} low, {vtu}") for vtu in ("VTU", "no VTU"))
-        out.append(line(method, f"{mean:.0f} ± {std:.0f}", *cells))
+    for budget in ("low", "5 %"):
+        for method in ("ToMe", "DToMe"):
+            way = f"{method} {budget}"
+            tokens = mean_and_std(rows[f"{way}, VTU"]["tokens"]["scenes"])
+            out.append(line(way, tokens, cell(f"{way}, VTU"), cell(f"{way}, no VTU")))
     return "\n".join(out)
 
 
 # ---- the command ----
 
 
+def held_out(a: argparse.Namespace) -> dict[str, range]:
+    """Of each set the numbers of its pictures: seeds of scenes, or places in easy-VQA's list."""
+    first = HELD_OUT + 1_000_000 * (1 + a.seed)
+    n = 1000 if a.full else a.n
+    return {
+        "scenes": range(first, first + n),
+        "easy-VQA": range(1000 if a.full else n // 2),
+        "small text": range(first + 250_000, first + 250_000 + n // 2),
+        "crowded": range(first + 500_000, first + 500_000 + n // 2),
+    }
+
+
 def measure(a: argparse.Namespace) -> dict:
-    start, folder, first = time.perf_counter(), find(a.model), HELD_OUT + 1_000_000 * (1 + a.seed)
-    scenes = range(first, first + (1000 if a.full else a.n))
-    easy = easy_list("test")[: 1000 if a.full else a.n // 2]
-    found, context = [], multiprocessing.get_context("spawn")
+    start = time.perf_counter()
+    folder = find(a.model)
+    numbers = held_out(a)
+    todo = [(which, number) for which, of in numbers.items() for number in of]
+
+    found = {which: [] for which in numbers}
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(a.processes, context, torch.set_num_threads, (1,)) as pool:
         print("finding thresholds", file=sys.stderr)
         rows = all_settings(folder, pool)
-        for picture in pool.map(functools.partial(examine, folder, rows), [*scenes, *easy]):
-            found.append(picture)
-            done = f"\r{len(found)} of {len(scenes) + len(easy)} pictures"
-            print(done, end="", file=sys.stderr, flush=True)
+        examined = pool.map(functools.partial(examine, folder, rows), *zip(*todo))
+        for i, ((which, _), picture) in enumerate(zip(todo, examined), 1):
+            found[which].append(picture)
+            print(f"\r{i} of {len(todo)} pictures", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    today, sha256 = datetime.date.today().isoformat(), hashlib.sha256()
-    sha256.update((folder / "model.safetensors").read_bytes())
-    results = dict(date=today, model=folder.resolve().name, first_seed=first)
-    results |= dict(weights_sha256=sha256.hexdigest())
-    results |= dict(pictures={"scenes": len(scenes), "easy-VQA": len(easy)})
-    results |= dict(
-        threshold_scenes=THRESHOLD_SCENES, blind_scenes=BLIND_SCENES, resamples=RESAMPLES
+
+    config = read_config(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    cpu = torch.backends.cpu.get_cpu_capability()
+    about = dict(
+        date=datetime.date.today().isoformat(),
+        model=folder.resolve().name,
+        first_seed=numbers["scenes"][0],
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        pictures={which: len(of) for which, of in numbers.items()},
+        tokens_left={budget: tokens_left(config, budget) for budget in SHARES},
+        threshold_scenes=THRESHOLD_SCENES,
+        blind_scenes=BLIND_SCENES,
+        resamples=RESAMPLES,
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {cpu}",
+        processes=a.processes,
+        threads_per_process=1,
+        python=platform.python_version(),
     )
-    cpu = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-    cpu += torch.backends.cpu.get_cpu_capability()
-    results |= dict(
-        machine=cpu, processes=a.processes, threads_per_process=1, python=platform.python_version()
-    )
-    results |= {package: version(package) for package in ("torch", "pillow", "easy-vqa")}
-    results |= dict(settings={name: written(settings) for name, settings in rows.items()})
-    results |= summarise(found[: len(scenes)], found[len(scenes) :], list(rows))
-    return results | dict(seconds=round(time.perf_counter() - start))
+    about |= {package: version(package) for package in ("torch", "pillow", "easy-vqa")}
+    about["settings"] = {name: written(settings) for name, settings in rows.items()}
+
+    results = summarise(found, list(rows))
+    seconds = round(time.perf_counter() - start)
+    return about | results | dict(seconds=seconds)
 
 
 def main() -> None:
@@ -347,10 +612,12 @@ def main() -> None:
         "--n",
         type=int,
         default=100,
-        help="scenes, and half as many easy-VQA pictures (%(default)s)",
+        help="scenes, and half as many pictures of each other set (%(default)s)",
     )
     p.add_argument(
-        "--full", action="store_true", help="1000 scenes and all 1000 easy-VQA test pictures"
+        "--full",
+        action="store_true",
+        help="1000 scenes, 500 of each variant and all 1000 easy-VQA test pictures",
     )
     p.add_argument("--seed", type=int, default=0, help="of the held-out scenes (%(default)s)")
     p.add_argument(

@@ -1,7 +1,10 @@
 """The commands behind the README's tables run, and count what they say they count."""
 
 import json
+import re
 import sys
+
+import pytest
 
 from dymu import DyMU
 from lab import ablate, bench
@@ -16,10 +19,87 @@ def test_ablations_count_the_tokens_of_the_picture():
         "ToMe": DyMU(r=(30,) * 7),
         "ToMe, no VTU": DyMU(r=(30,) * 7, vtu=False),
     }
-    found = ablate.examine(find("tiny"), settings, HELD_OUT)
+    found = ablate.examine(find("tiny"), settings, "scenes", HELD_OUT)
     assert found["tokens"] == {"full": 256, "ToMe": 46, "ToMe, no VTU": 46}
     questions = [question for _, question, _ in scene(HELD_OUT).questions]
     assert [len(right) for right in found["right"].values()] == [len(questions)] * 3
+
+
+@pytest.mark.parametrize(
+    "which, number",
+    [("scenes", HELD_OUT), ("easy-VQA", 3), ("small text", HELD_OUT), ("crowded", HELD_OUT)],
+)
+def test_ablations_ask_each_set_and_know_what_would_be_answered(which, number):
+    if which == "easy-VQA":
+        pytest.importorskip("easy_vqa")
+        picture, _ = ablate.easy_list("test")[number]
+    else:
+        picture = scene(number, variant=ablate.VARIANT[which]).image
+
+    llava, processor = load("tiny")
+    r = ablate.merges(llava.config, "10 %", "linear")
+    settings = {"full": DyMU(), "ToMe": DyMU(r=r), "ToMe, no VTU": DyMU(r=r, vtu=False)}
+    found = ablate.examine(find("tiny"), settings, which, number)
+    assert found["tokens"] == {"full": 256, "ToMe": 26, "ToMe, no VTU": 26}
+
+    _, kinds = ablate.COLUMNS[which]
+    assert {kind for kind, _, _ in found["questions"]} <= set(kinds)
+
+    # a forward pass tells what generation would say
+    pixels = processor.image(picture)
+    for name, one in settings.items():
+        said = []
+        for _, question, answer in found["questions"]:
+            ids = llava.generate(processor.prompt(question), pixels, one)
+            said.append(processor.decode(ids).strip() == answer)
+        assert found["right"][name] == said
+
+
+def test_tables_of_ablations_have_all_columns_and_budgets(monkeypatch):
+    monkeypatch.setattr(ablate, "BLIND_SCENES", 20)
+    monkeypatch.setattr(ablate, "RESAMPLES", 10)
+    easy = [("a.png", [("easy-VQA", "is there a circle?", "yes")])] * 4
+    monkeypatch.setattr(ablate, "easy_list", lambda split: easy)
+    names = ["full", *ablate.OTHERS]
+    for budget in ablate.SHARES:
+        for vtu in ablate.VTU:
+            names += [f"ToMe {budget}, {vtu}", f"DToMe {budget}, {vtu}"]
+
+    # all is right but what has no VTU
+    found = {}
+    for which in ablate.SETS:
+        if which == "easy-VQA":
+            asked = [questions for _, questions in easy]
+        else:
+            variant = ablate.VARIANT[which]
+            asked = [scene(HELD_OUT + i, variant=variant).questions for i in range(4)]
+        found[which] = [
+            {
+                "questions": questions,
+                "bytes_per_pixel": i,
+                "tokens": {name: 10 + i for name in names},
+                "right": {name: ["no VTU" not in name] * len(questions) for name in names},
+            }
+            for i, questions in enumerate(asked)
+        ]
+    results = ablate.summarise(found, names)
+    assert results["asked"]["small text"] == sum(len(p["questions"]) for p in found["small text"])
+    assert results["rows"]["full"]["accuracy"]["crowded counting"] == [100, 100, 100]
+    for which in ablate.VARIANT:
+        pairs = results["pairs"][which]
+        assert pairs["DToMe, VTU: minus ToMe, VTU"]["5 %"] == [0, 0, 0]
+        assert pairs["DToMe: VTU minus no VTU"]["10 %"] == [100, 100, 100]
+    assert results["spearman"] == {"low": 1, "10 %": 1, "5 %": 1}
+
+    results["pictures"] = {which: len(pictures) for which, pictures in found.items()}
+    config = load("tiny")[0].config
+    results["tokens_left"] = {b: ablate.tokens_left(config, b) for b in ablate.SHARES}
+    assert list(results["tokens_left"].values()) == [174, 92, 41, 26, 13]
+    tables = re.findall(r"(?:^\|.*\|\n)+", ablate.table(results) + "\n", re.M)
+    widths = [{row.count("|") - 2 for row in one.splitlines()} for one in tables]
+    assert widths == [{8}, {11}, {5}, {5}, {5}, {3}, {3}]
+    assert all(f"| {name} |" in tables[0] and f"| {name} |" in tables[1] for name in names)
+    assert ablate.small_table(results).count("\n") == 2 + 5 - 1
 
 
 def test_the_benchmark_counts_the_rows_of_the_decoder(tmp_path, monkeypatch, capsys):
