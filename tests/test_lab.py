@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dymu import DyMU
+from extras.thresholds import schedule
 from lab import ablate, bench
 from lab.scenes import HELD_OUT, scene
 from load import find, load
@@ -55,6 +56,20 @@ def test_ablations_ask_each_set_and_know_what_would_be_answered(which, number):
         assert found["right"][name] == said
 
 
+@pytest.mark.parametrize("kind", ["constant", "linear", "reverse_linear"])
+@pytest.mark.parametrize("budget, left", [("low", 41), ("10 %", 26), ("5 %", 13)])
+def test_every_schedule_leaves_the_tokens_of_the_budget(budget, left, kind):
+    llava, processor = load("tiny")
+    pixels = processor.image(scene(HELD_OUT).image)
+    r = ablate.merges(llava.config, budget, kind)
+    assert len(llava.vision_tower(pixels, DyMU(r=r))[0]) == left
+
+    # and what the plain one would leave is what it does leave
+    plain = schedule(256 - left, len(r), kind)
+    plainly = len(llava.vision_tower(pixels, DyMU(r=plain))[0])
+    assert plainly == ablate.left_by(llava.config, plain)
+
+
 def test_tables_of_ablations_have_all_columns_and_budgets(monkeypatch):
     monkeypatch.setattr(ablate, "BLIND_SCENES", 20)
     monkeypatch.setattr(ablate, "RESAMPLES", 10)
@@ -94,6 +109,7 @@ def test_tables_of_ablations_have_all_columns_and_budgets(monkeypatch):
     results["pictures"] = {which: len(pictures) for which, pictures in found.items()}
     config = load("tiny")[0].config
     results["tokens_left"] = {b: ablate.tokens_left(config, b) for b in ablate.SHARES}
+    results["left_by_plain_schedules"] = ablate.left_by_plain_schedules(config)
     assert list(results["tokens_left"].values()) == [174, 92, 41, 26, 13]
     tables = re.findall(r"(?:^\|.*\|\n)+", ablate.table(results) + "\n", re.M)
     widths = [{row.count("|") - 2 for row in one.splitlines()} for one in tables]
