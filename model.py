@@ -157,13 +157,13 @@ class VisionTower(nn.Module):
         return self.pre_layrnorm(x + self.position_embedding.weight)
 
 
-def check_layers(settings: DyMU, runs: int, whole: int) -> None:
-    """Raises ValueError unless thresholds, or r, has a value per layer that runs, or per layer."""
+def check_layers(settings: DyMU, runs: int, layers: int) -> None:
+    """Raises ValueError unless thresholds, or r, has a value for each running layer, or for all"""
     for name in ("thresholds", "r"):
         values = getattr(settings, name)
-        if values is not None and len(values) not in (runs, whole):
+        if values is not None and len(values) not in (runs, layers):
             raise ValueError(
-                f"{len(values)} {name} given, the vision tower runs {runs} of its {whole} layers"
+                f"{len(values)} {name} given, the vision tower runs {runs} of its {layers} layers"
             )
 
 
@@ -214,27 +214,37 @@ class KVCache:
     """
 
     def __init__(self):
-        self.kv = {}  # layer -> k and v (H_kv, rows, d)
+        self.kv = {}  # layer -> k and v (H_kv, room, d), where room >= rows
         self.rows = 0
         self.positions = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (H_kv, R, d) of the newest rows -> those of all rows so far"""
+        end = self.rows + k.shape[1]
         if layer in self.kv:
             old_k, old_v = self.kv[layer]
-            k = torch.cat((old_k, k), dim=1)
-            v = torch.cat((old_v, v), dim=1)
+            k = self.behind(old_k, k)
+            v = self.behind(old_v, v)
         self.kv[layer] = k, v
-        return k, v
+        return k[:, :end], v[:, :end]
+
+    def behind(self, old: Tensor, new: Tensor) -> Tensor:
+        """The cached rows of old, then new. Room is doubled at need: a step copies one row."""
+        end = self.rows + new.shape[1]
+        if end > old.shape[1]:
+            old = F.pad(old, (0, 0, 0, end))
+        old[:, self.rows : end] = new
+        return old
 
     def rotate(self, cos: Tensor, sin: Tensor) -> None:
         """Turns every key by the angle of its row: cos, sin (rows, d/2)"""
         for layer, (k, v) in self.kv.items():
-            self.kv[layer] = dymu.rotate(k, cos.to(k), sin.to(k)), v
+            self.kv[layer] = dymu.rotate(k[:, : self.rows], cos.to(k), sin.to(k)), v
 
     @property
     def bytes(self) -> int:
-        return sum(k.nbytes + v.nbytes for k, v in self.kv.values())
+        """Of the rows that are held."""
+        return sum(x[:, : self.rows].nbytes for kv in self.kv.values() for x in kv)
 
 
 class RMSNorm(nn.Module):
@@ -323,12 +333,10 @@ class Llama(nn.Module):
         cos, sin = rope_table(N, self.c, x.device, start=past if plain else 0)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
 
-        # differs from Llama: if what is cached was plain until now, its keys were rotated, which
-        # is taken back
+        # if what is cached was plain until now, its keys were rotated, which is taken back
         if not plain and cache.rows == past:
             cache.rotate(cos[:past], -sin[:past])
 
-        # differs from Llama: where attention is computed
         if len(x) == N - past:
             query_at = None  # each of the new rows has one position
         elif queries is None:
@@ -353,7 +361,7 @@ class Llama(nn.Module):
 @strict
 @dataclass
 class LlavaConfig:
-    """How the two are joined. But for these two the defaults are LLaVA-1.5's.
+    """How the two are joined. The defaults are LLaVA-1.5's, but for those of the two configs.
 
     What else a config.json of each family may leave out is in extras/families.py.
     """
@@ -468,8 +476,8 @@ class Llava(nn.Module):
         for _ in range(max_new_tokens):
             cached = cache.rows
             x = self.language_model(rows, token_at, cache, queries)
-            last = x[token_at[-1] - cached]  # at the last position, even if a picture ends there
-            id = int(pick(self.logits(last)))
+            last = x[token_at[-1:] - cached]  # at the last position, even if a picture ends there
+            id = int(pick(self.logits(last)[0]))
             yield id
 
             if id in eos or cache.positions >= limit:
@@ -494,8 +502,10 @@ class Llava(nn.Module):
             if isinstance(picture, Tensor):
                 x, token_at = self.vision_tower(picture, settings)
                 visual.append((self.multi_modal_projector(x), token_at))
-            else:
+            elif hasattr(picture, "encode") and not isinstance(picture, str):
                 visual.append(picture.encode(self, settings))
+            else:
+                raise ValueError(f"pixels are a {type(picture).__name__}, see Processor.image")
         return visual
 
     def splice(self, ids: Tensor, visual: list, vtu: bool = True) -> tuple[Tensor, Tensor]:
@@ -512,14 +522,14 @@ class Llava(nn.Module):
 
         rows = []
         token_at = []
-        shown = ids[:0]  # which rows are those of pictures
+        row_of = ids[:0]  # where each row of a picture is, of all rows
         n = 0  # rows so far
         for i, text in enumerate(ids.tensor_split(split_at)):
             if i > 0:  # it begins with a placeholder
                 x, at = visual[i - 1]
-                at = at + len(shown)
-                shown = torch.cat((shown, torch.arange(n, n + len(x), device=ids.device)))
-                token_at.append(shown[at])
+                at = at + len(row_of)
+                row_of = torch.cat((row_of, torch.arange(n, n + len(x), device=ids.device)))
+                token_at.append(row_of[at])
                 rows.append(x)
                 n += len(x)
                 text = text[1:]

@@ -109,7 +109,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--max-new-tokens", type=number(int, 1), default=128, metavar="N", help=longest)
     sampling = "of the sampling; 0 (default): greedy"
     add("--temperature", type=temperature, default=0.0, metavar="T", help=sampling)
-    add("--seed", type=int, default=0, metavar="S", help="of the sampling (%(default)s)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        metavar="S",
+        help="of the sampling (%(default)s)",
+    )
     add("--device", metavar="D", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", metavar="D", help="float32, bfloat16, float16 (default: by checkpoint, device)")
     add("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
