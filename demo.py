@@ -97,12 +97,13 @@ def ask(llava, processor, pixels, ids, settings: DyMU, a, max_new_tokens: int, s
     """
     tokens_per_layer, hooks = count_tokens(llava)
     new = []  # ids of the answer
-    shown = ""
+    printed = ""
     with torch.inference_mode():
         start = time.perf_counter()
         visual = video.encode(llava, pixels, settings, a.temporal)
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        where = visual[0][0].device
+        if where.type != "cpu":
+            torch.accelerator.synchronize(where)
         encoded = time.perf_counter()
 
         rows, token_at = llava.splice(ids, visual, settings.vtu)
@@ -118,14 +119,14 @@ def ask(llava, processor, pixels, ids, settings: DyMU, a, max_new_tokens: int, s
             new.append(id)
 
             text = processor.decode(new) if stream else ""
-            if not text.endswith("\ufffd"):  # else more bytes of the last character are to come
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
+            if text and not text.endswith("\ufffd"):  # else more bytes of a character are to come
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
         end = time.perf_counter()
 
     text = processor.decode(new)
     if stream:
-        print(text[len(shown) :])
+        print(text[len(printed) :])
     for hook in hooks:
         hook.remove()
 

@@ -1,22 +1,25 @@
 """DyMU (arXiv 2504.17040v2) in plain PyTorch, in the paper's order and with its equation numbers.
 
     paper     here      shape     meaning
-    N         N         int       positions: one for each token before any merging. A picture has
-                                  24 x 24 = 576 in LLaVA-1.5; in the encoder the class token has
-                                  one, too, and in the decoder so has each token of the text
+    N         N         int       positions of the sequence at hand, one for each token before any
+                                  merging: 24 x 24 = 576 of a picture in LLaVA-1.5, and one more for
+                                  the encoder's class token; in the decoder those of the text, too
     N_un      N_un      int       tokens that are left to stand at them, the *unique* ones
     N_i       N_i       int       tokens that enter encoder layer i's merge
     x_i       x         (N_i, D)  output of layer i's self-attention, residual added
-    S_i       score     (|A|,)    half of the tokens are A, half B: how similar a token of A is to
-                                  its partner in B
+    A, B                          every second token, from the first, and the rest; |A| tokens in A
+    S_i       score     (|A|,)    how similar a token of A is to its partner in B
+    tau_i               float     layer i merges the pairs whose score is above it
+    r_i                 int       how many that are in layer i: on average over pictures in the
+                                  paper, exactly in ToMe
     P_i[t]              set       the positions at which token t stands
     |P_i[t]|  size      (N_i,)    how many these are
     M         token_at  (N,)      the one-hot N x N_un matrix as an index: M e_un is e_un[token_at]
     C, S      cos, sin  (N, d/2)  of the RoPE angles of each position, one per pair of dimensions
 
-H heads, D their width together, d that of one. If of four tokens (none is a class token) the first
-merges into the last, token_at = [2, 1, 0, 2] and size = [1, 1, 2]. Every function takes one picture
-or one sequence, without a batch axis: lengths differ, and nothing is padded.
+H heads, d the width of one, D of all. If of four tokens (none is a class token) the first merges
+into the last, token_at = [2, 1, 0, 2] and size = [1, 1, 2]. Every function takes one picture or one
+sequence, without a batch axis: lengths differ, and nothing is padded.
 
 Eq. 4, by which thresholds are found, is in extras/thresholds.py.
 """
@@ -40,8 +43,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 def average(x: Tensor, goes_to: Tensor, n: int, size: Tensor | None = None):
     """Averages the rows of x that go to the same place, each counted size times, or once.
 
-    x (..., N, D), goes_to (N,) with values below n, size (N,)
-    -> (..., n, D), and the sizes added up, (n,)
+    x (..., rows, width), goes_to (rows,) with values below n, size (rows,)
+    -> (..., n, width), and the sizes added up, (n,)
     """
     wide = at_least_float32(x)
     if size is None:
@@ -63,19 +66,20 @@ class Seen:
 
     layer: int
     x: Tensor  # (N_i, D), after the attention
-    q: Tensor  # (H, N_i, d), inside it, as are k and v
+    q: Tensor  # (H, N_i, d), the attention's queries; its keys and values are alike
     k: Tensor
     v: Tensor
     size: Tensor  # (N_i,)
     token_at: Tensor  # (N,)
-    class_token: bool  # token 0, at position 0. SigLIP has none
+    class_token: bool  # whether token 0 is one, at position 0. SigLIP has none
 
 
 def similar_keys(seen: Seen) -> Tensor:
     """How similar the tokens are, (N_i, N_i): the cosine of their keys' average over the heads.
 
     The paper writes the raw product k[t] . k[n].
-    The authors' code takes the cosine, as ToMe does, and so do we.
+    The authors' code takes the cosine, as ToMe does, and so do we. Every two tokens are compared,
+    although `match` reads a quarter, so that a similarity of one's own can add to any of them.
     """
     return cosine(at_least_float32(seen.k).mean(dim=0))
 
@@ -91,7 +95,6 @@ def cosine(features: Tensor) -> Tensor:
 def match(similarity: Tensor, class_token: bool = True) -> tuple[Tensor, Tensor]:
     """Pairs each token of A with the most similar token of B.
 
-    A is every second token, from the first; B is the rest.
     similarity (N_i, N_i) -> score (|A|,), partner (|A|,), an index into B
     """
     if len(similarity) == 1:
@@ -111,20 +114,21 @@ def merge(x: Tensor, size: Tensor, token_at: Tensor, partner: Tensor, chosen: Te
     """Merges each chosen token of A into its partner in B.
 
     x (N_i, D), size (N_i,), token_at (N,) -> the same for the tokens that are left
-    chosen (|A|,) is bool: in the paper, it is true where score > tau_i.
+    chosen (|A|,) is bool: in the paper, it is true where score > tau_i (`DyMU.choose`).
 
     The tokens of A that stay come first, then all of B. The next layer splits A and B by that
-    order, so it decides which tokens can meet.
+    order, so it decides which tokens can meet. Only if nothing merges does the order stay.
     """
     stays = ~chosen
 
     # the new length must be known: on a GPU this is the one time that a layer waits for it
     n_stay = int(stays.sum())
     if n_stay == len(chosen):
-        # nothing merges, and the order stays as it was, as when the authors' code runs one picture
+        # as when the authors' code runs one picture. So token_at is the identity until something
+        # has merged, and the decoder may count on that
         return x, size, token_at
 
-    n_left = n_stay + len(x) - len(chosen)
+    n_left = n_stay + (len(x) - len(chosen))  # and all of B
 
     # old token -> new token: again a one-hot matrix kept as an index
     goes_to = token_at.new_empty(len(x))
@@ -154,11 +158,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE turns each pair (a, b) into (a cos - b sin, b cos + a sin).
 
     x (..., N, d), cos and sin (N, d/2)
+    Products of two that are turned depend on the difference of their angles: Eq. 6-8, below.
     Dimension f pairs with f + d/2, as in Hugging Face's checkpoints. Weights made for pairs of
     neighbours would run here without an error and answer nonsense.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rope_scores(q: Tensor, k: Tensor, token_at: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Eq. 10 term by term, as the paper has it: products first, then their expansion.
+
+    q (H, N_un, d), k (H_kv, N_un, d), not rotated -> A (H, N, N), before 1/sqrt(d), mask, softmax
+    It is there for reading and for the tests.
+    """
+    k = k.repeat_interleave(len(q) // len(k), dim=0)  # one head of k may serve several of q
+    q1, q2 = q.chunk(2, dim=-1)
+    k1, k2 = k.chunk(2, dim=-1)
+
+    # of tokens t and u, before the sum over the d/2 pairs of dimensions f
+    product = "h t f, h u f -> h t u f"
+    dot = einsum(q1, k1, product) + einsum(q2, k2, product)  # Q K^T
+    cross = einsum(q1, k2, product) - einsum(q2, k1, product)  # Q x K^T
+
+    dot = dot[:, token_at][:, :, token_at]  # M (.) M^T
+    cross = cross[:, token_at][:, :, token_at]
+
+    # Eq. 6-8: A = dot cos(theta_m - theta_n) + cross sin(theta_m - theta_n), at positions m and n,
+    # summed over f. Eq. 9: cos(a - b) = cos a cos b + sin a sin b and
+    # sin(a - b) = sin a cos b - cos a sin b. Together, Eq. 10:
+    term = "m f, h m n f, n f -> h m n"
+    A = einsum(cos, dot, cos, term) + einsum(sin, dot, sin, term)
+    return A + einsum(sin, cross, cos, term) - einsum(cos, cross, sin, term)
 
 
 def vtu_attention(
@@ -169,11 +200,11 @@ def vtu_attention(
     k and v (H_kv, N_un, d); q (H, R, d) of the R newest tokens, which are all of them unless a
     cache holds the rest -> (H, R, d). None of q, k, v is rotated.
 
-    query_at (Q,): the positions of these R tokens at which attention is computed, ascending, with
-    at least one of each token. None: all, as in the paper; behind a cache that is one each, the
-    last R, as text has it.
+    query_at (Q,): where attention is computed: positions of these R tokens, ascending, at least
+    one of each. None: all their positions, as in the paper. (Behind a cache None is for tokens
+    that have one position each, the last R, such as text has.)
 
-    To expand, rotate and attend gives Eq. 10 (see `rope_scores`) without its N x N x d/2 numbers.
+    To expand, rotate and attend gives Eq. 10 without the N x N x d/2 numbers of `rope_scores`.
     """
     R = q.shape[1]
     cached = k.shape[1] - R
@@ -198,36 +229,10 @@ def vtu_attention(
 def remerge(x: Tensor, token_at: Tensor, N_un: int) -> Tensor:
     """Eq. 11: (M^T M)^-1 M^T x, the average over the positions of each token.
 
-    x (..., N, D) -> (..., N_un, D)
+    x (..., N, width) -> (..., N_un, width)
     This is the one approximation of VTU: a full model's outputs differ from position to position.
     """
     return average(x, token_at, N_un)[0]
-
-
-def rope_scores(q: Tensor, k: Tensor, token_at: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Eq. 10 term by term, as the paper has it: products first, then their expansion.
-
-    q (H, N_un, d), k (H_kv, N_un, d), not rotated -> A (H, N, N), before 1/sqrt(d), mask, softmax
-    It is there for reading and for the tests.
-    """
-    k = k.repeat_interleave(len(q) // len(k), dim=0)  # one head of k may serve several of q
-    q1, q2 = q.chunk(2, dim=-1)
-    k1, k2 = k.chunk(2, dim=-1)
-
-    # of tokens t and u, before the sum over the d/2 pairs of dimensions f
-    pairs = "h t f, h u f -> h t u f"
-    dot = einsum(q1, k1, pairs) + einsum(q2, k2, pairs)  # Q K^T
-    cross = einsum(q1, k2, pairs) - einsum(q2, k1, pairs)  # Q x K^T
-
-    dot = dot[:, token_at][:, :, token_at]  # M (.) M^T
-    cross = cross[:, token_at][:, :, token_at]
-
-    # Eq. 6-8: A = dot cos(theta_m - theta_n) + cross sin(theta_m - theta_n), at positions m and n,
-    # summed over f. Eq. 9: cos(a - b) = cos a cos b + sin a sin b and
-    # sin(a - b) = sin a cos b - cos a sin b. Together, Eq. 10:
-    term = "m f, h m n f, n f -> h m n"
-    A = einsum(cos, dot, cos, term) + einsum(sin, dot, sin, term)
-    return A + einsum(sin, cross, cos, term) - einsum(cos, cross, sin, term)
 
 
 # ---- What a user chooses ----
@@ -241,7 +246,7 @@ class DyMU:
     """
 
     thresholds: tuple[float, ...] | None = None  # DToMe: layer i merges pairs scored above tau_i
-    r: tuple[int, ...] | None = None  # ToMe, the baseline: layer i merges its r_i best pairs
+    r: tuple[int, ...] | None = None  # ToMe, the baseline: layer i merges just its r_i best pairs
     rule: Callable[[Tensor, Seen], Tensor] | None = None  # or another: (score, seen) -> (|A|,) bool
     similarity: Callable[[Seen], Tensor] = similar_keys  # by which tokens are matched, (N_i, N_i)
 
@@ -252,12 +257,12 @@ class DyMU:
     queries: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self):
-        if [self.thresholds, self.r, self.rule].count(None) < 2:
+        if sum(way is not None for way in (self.thresholds, self.r, self.rule)) > 1:
             raise ValueError("give at most one of thresholds (DToMe), r (ToMe) and rule")
 
     @property
     def merging(self) -> bool:
-        return [self.thresholds, self.r, self.rule].count(None) < 3
+        return any(way is not None for way in (self.thresholds, self.r, self.rule))
 
     def choose(self, score: Tensor, seen: Seen) -> Tensor:
         """Which pairs of a layer merge: score (|A|,) -> (|A|,) bool"""
@@ -307,12 +312,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, query_at: Tensor | None = 
     position = torch.arange(N, device=q.device)
     query_at = position[-Q:] if query_at is None else query_at
 
-    # A mask of ours is computed in full. In blocks, early queries never meet the late keys; on a
-    # GPU each block would have to wait for the number of keys that it needs
-    block = 64 if q.device.type == "cpu" else Q
+    # The kernel computes what a mask of ours hides, too. So queries go in blocks, each with the
+    # keys up to its last query alone. On a GPU all are one block: int() would have to wait for it
+    on_cpu = q.device.type == "cpu"
+    block = 64 if on_cpu else Q
     out = []
     for q_block, at in zip(q.split(block, dim=1), query_at.split(block)):
-        seen = N if block == Q else int(at[-1]) + 1
-        mask = at[:, None] >= position[:seen]
-        out.append(attention(q_block, k[:, :seen], v[:, :seen], mask))
+        keys = int(at[-1]) + 1 if on_cpu else N
+        mask = at[:, None] >= position[:keys]
+        out.append(attention(q_block, k[:, :keys], v[:, :keys], mask))
     return torch.cat(out, dim=1)

@@ -221,7 +221,11 @@ class Processor:
 
         shown = [None] * image if isinstance(image, int) else as_list(image)
         names = [getattr(one, "placeholder", "<image>") for one in shown]
-        text = families.chat(self.template, names, question)
+        try:
+            text = families.chat(self.template, names, question)
+        except ValueError as e:
+            raise ValueError(f"{self.folder}: {e}") from e
+
         ids = self.tokenizer.encode(text).ids
         if sum(i in self.config.placeholders for i in ids) != len(shown):
             raise ValueError("the question must not hold the image placeholder <image>")

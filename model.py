@@ -1,8 +1,8 @@
 """CLIP, a projector, Llama, and the LLaVA that joins them, with DyMU in it.
 
-Leaves bear the names of Hugging Face's checkpoints. Shapes are without a batch axis: one picture,
-one sequence. A row is what stands for one token in the decoder, of text or of a picture. DyMU
-changes a standard block in the places marked "differs from".
+Parameters bear the names of Hugging Face's checkpoints. Shapes are without a batch axis: one
+picture, one sequence. A row is what stands for one token in the decoder, of text or of a picture.
+DyMU changes a standard block in the places marked "differs from".
 """
 
 from dataclasses import dataclass, field
@@ -72,10 +72,10 @@ class VisionLayer(nn.Module):
 
     def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (N_i, D), bias (N_i,) on each key's scores -> x (N_i, D); q, k and v (H, N_i, d)"""
-        h = self.layer_norm1(x)
-        q = rearrange(self.q_proj(h), "n (h d) -> h n d", h=self.heads)
-        k = rearrange(self.k_proj(h), "n (h d) -> h n d", h=self.heads)
-        v = rearrange(self.v_proj(h), "n (h d) -> h n d", h=self.heads)
+        normed = self.layer_norm1(x)
+        q = rearrange(self.q_proj(normed), "n (h d) -> h n d", h=self.heads)
+        k = rearrange(self.k_proj(normed), "n (h d) -> h n d", h=self.heads)
+        v = rearrange(self.v_proj(normed), "n (h d) -> h n d", h=self.heads)
 
         out = dymu.attention(q, k, v, mask=None if bias is None else bias.expand(len(x), -1))
         x = x + self.out_proj(rearrange(out, "h n d -> n (h d)"))
@@ -97,6 +97,7 @@ class VisionTower(nn.Module):
         self.keep_class_token = keep_class_token
         D = c.hidden_size
 
+        # CLIP has no bias here, SigLIP has
         self.patch_embedding = nn.Conv2d(
             c.num_channels, D, c.patch_size, stride=c.patch_size, bias=not c.class_token
         )
@@ -156,13 +157,13 @@ class VisionTower(nn.Module):
         return self.pre_layrnorm(x + self.position_embedding.weight)
 
 
-def check_layers(settings: DyMU, runs: int, whole: int) -> None:
-    """Raises ValueError unless thresholds, or r, has one value for each layer that runs."""
+def check_layers(settings: DyMU, runs: int, layers: int) -> None:
+    """Raises ValueError unless thresholds, or r, has a value for each running layer, or for all"""
     for name in ("thresholds", "r"):
         values = getattr(settings, name)
-        if values is not None and len(values) not in (runs, whole):
+        if values is not None and len(values) not in (runs, layers):
             raise ValueError(
-                f"{len(values)} {name} given, the vision tower runs {runs} of its {whole} layers"
+                f"{len(values)} {name} given, the vision tower runs {runs} of its {layers} layers"
             )
 
 
@@ -213,27 +214,37 @@ class KVCache:
     """
 
     def __init__(self):
-        self.kv = {}  # layer -> k and v (H_kv, rows, d)
+        self.kv = {}  # layer -> k and v (H_kv, room, d), where room >= rows
         self.rows = 0
         self.positions = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (H_kv, R, d) of the newest rows -> those of all rows so far"""
+        end = self.rows + k.shape[1]
         if layer in self.kv:
             old_k, old_v = self.kv[layer]
-            k = torch.cat((old_k, k), dim=1)
-            v = torch.cat((old_v, v), dim=1)
+            k = self.behind(old_k, k)
+            v = self.behind(old_v, v)
         self.kv[layer] = k, v
-        return k, v
+        return k[:, :end], v[:, :end]
+
+    def behind(self, old: Tensor, new: Tensor) -> Tensor:
+        """The cached rows of old, then new. Room is doubled at need: a step copies one row."""
+        end = self.rows + new.shape[1]
+        if end > old.shape[1]:
+            old = F.pad(old, (0, 0, 0, end))
+        old[:, self.rows : end] = new
+        return old
 
     def rotate(self, cos: Tensor, sin: Tensor) -> None:
         """Turns every key by the angle of its row: cos, sin (rows, d/2)"""
         for layer, (k, v) in self.kv.items():
-            self.kv[layer] = dymu.rotate(k, cos.to(k), sin.to(k)), v
+            self.kv[layer] = dymu.rotate(k[:, : self.rows], cos.to(k), sin.to(k)), v
 
     @property
     def bytes(self) -> int:
-        return sum(k.nbytes + v.nbytes for k, v in self.kv.values())
+        """Of the rows that are held."""
+        return sum(x[:, : self.rows].nbytes for kv in self.kv.values() for x in kv)
 
 
 class RMSNorm(nn.Module):
@@ -274,12 +285,13 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, token_at, cos, sin, query_at, cache: KVCache) -> Tensor:
         """x (R, D) -> (R, D)
 
-        token_at, cos, sin, query_at: as in `vtu_attention`; token_at=None makes it plain Llama.
+        token_at, cos, sin, query_at: as in `vtu_attention`. token_at=None makes it plain Llama,
+        with cos and sin (R, d/2) of these rows alone.
         """
-        h = self.input_layernorm(x)
-        q = rearrange(self.q_proj(h), "n (h d) -> h n d", d=self.d)
-        k = rearrange(self.k_proj(h), "n (h d) -> h n d", d=self.d)
-        v = rearrange(self.v_proj(h), "n (h d) -> h n d", d=self.d)
+        normed = self.input_layernorm(x)
+        q = rearrange(self.q_proj(normed), "n (h d) -> h n d", d=self.d)
+        k = rearrange(self.k_proj(normed), "n (h d) -> h n d", d=self.d)
+        v = rearrange(self.v_proj(normed), "n (h d) -> h n d", d=self.d)
 
         if token_at is None:
             k, v = cache.append(self.index, dymu.rotate(k, cos, sin), v)
@@ -292,8 +304,8 @@ class DecoderLayer(nn.Module):
 
         x = x + self.o_proj(rearrange(out, "h n d -> n (h d)"))
 
-        h = self.post_attention_layernorm(x)
-        return x + self.down_proj(self.act(self.gate_proj(h)) * self.up_proj(h))
+        normed = self.post_attention_layernorm(x)
+        return x + self.down_proj(self.act(self.gate_proj(normed)) * self.up_proj(normed))
 
 
 class Llama(nn.Module):
@@ -321,18 +333,19 @@ class Llama(nn.Module):
         cos, sin = rope_table(N, self.c, x.device, start=past if plain else 0)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
 
+        # if what is cached was plain until now, its keys were rotated, which is taken back
         if not plain and cache.rows == past:
-            # what is cached was plain Llama's until now, and its keys were rotated: take that back
             cache.rotate(cos[:past], -sin[:past])
 
-        query_at = None  # each of the new rows has one position
-        if len(x) < N - past:
+        if len(x) == N - past:
+            query_at = None  # each of the new rows has one position
+        elif queries is None:
             query_at = torch.arange(past, N, device=x.device)
-            if queries is not None:
-                query_at = queries(token_at).sort().values
-                query_at = query_at[query_at >= past]
-                each = token_at[query_at].unique()
-                assert len(each) == len(x), "queries must give a position of each token"
+        else:
+            query_at = queries(token_at).sort().values
+            query_at = query_at[query_at >= past]
+            found = token_at[query_at].unique()
+            assert len(found) == len(x), "queries must give a position of each token"
 
         for layer in self.layers:
             x = layer(x, None if plain else token_at, cos, sin, query_at, cache)
@@ -348,7 +361,7 @@ class Llama(nn.Module):
 @strict
 @dataclass
 class LlavaConfig:
-    """How the two are joined. The defaults are LLaVA-1.5's.
+    """How the two are joined. The defaults are LLaVA-1.5's, but for those of the two configs.
 
     What else a config.json of each family may leave out is in extras/families.py.
     """
@@ -429,7 +442,7 @@ class Llava(nn.Module):
             self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
     def forward(self, ids: Tensor, pixels=None, settings: DyMU = DyMU()) -> Tensor:
-        """ids (T,) with a placeholder for each picture in pixels -> logits (R, vocab).
+        """ids (T,) with one placeholder for each picture in pixels -> logits (R, vocab).
 
         R counts the text and what is left of the visual tokens.
         pixels: see `encode`; None for a prompt of text alone.
@@ -438,7 +451,10 @@ class Llava(nn.Module):
         return self.logits(self.language_model(rows, token_at, KVCache(), settings.queries))
 
     def generate(self, ids, pixels=None, settings=DyMU(), max_new_tokens=128, **options):
-        """Iterates over the ids of the answer. ids, pixels: as in `forward`; options: `decode`."""
+        """Iterates over the ids of the answer to ids and pixels, which are as in `forward`.
+
+        options are passed on to `decode`.
+        """
         with torch.no_grad():
             rows, token_at = self.prepare(ids, pixels, settings)
         return self.decode(rows, token_at, KVCache(), settings.queries, max_new_tokens, **options)
@@ -460,8 +476,8 @@ class Llava(nn.Module):
         for _ in range(max_new_tokens):
             cached = cache.rows
             x = self.language_model(rows, token_at, cache, queries)
-            last = x[token_at[-1] - cached]  # the row at the last position
-            id = int(pick(self.logits(last)))
+            last = x[token_at[-1:] - cached]  # at the last position, even if a picture ends there
+            id = int(pick(self.logits(last)[0]))
             yield id
 
             if id in eos or cache.positions >= limit:
@@ -478,16 +494,18 @@ class Llava(nn.Module):
     def encode(self, pixels, settings: DyMU = DyMU()) -> list[tuple[Tensor, Tensor]]:
         """For each picture its rows (N_un, D), as the decoder takes them, and token_at (N,).
 
-        pixels: one picture or a list of them, each (3, H, W) or an object of extras/ that encodes
-        itself (tiles, a video).
+        pixels: one picture or a list of them, each (3, H, W) or an object that encodes itself, as
+        tiles and videos do in extras/: picture.encode(llava, settings) -> rows, token_at
         """
         visual = []
         for picture in as_list(pixels):
             if isinstance(picture, Tensor):
                 x, token_at = self.vision_tower(picture, settings)
                 visual.append((self.multi_modal_projector(x), token_at))
-            else:
+            elif hasattr(picture, "encode") and not isinstance(picture, str):
                 visual.append(picture.encode(self, settings))
+            else:
+                raise ValueError(f"pixels are a {type(picture).__name__}, see Processor.image")
         return visual
 
     def splice(self, ids: Tensor, visual: list, vtu: bool = True) -> tuple[Tensor, Tensor]:
@@ -495,23 +513,23 @@ class Llava(nn.Module):
 
         ids (T,), visual: as `encode` gives it -> rows (R, D), token_at (N,)
         vtu=False: each row has one position. Raises ValueError for a prompt that the model cannot
-        take. A negative number in a picture's token_at is a row of a picture before it, counted
-        back from its own first: that row stands in both (extras/video.py).
+        take. In a picture's token_at -1 is the last row of the picture before it, and so on: such
+        a row stands in both (extras/video.py).
         """
         embed = self.language_model.embed_tokens
         ids = torch.as_tensor(ids, device=embed.weight.device)
-        placeholders = self.find_placeholders(ids, len(visual))
+        split_at = self.find_placeholders(ids, len(visual))
 
         rows = []
         token_at = []
-        stands = ids[:0]  # at which row each visual row is
+        row_of = ids[:0]  # where each row of a picture is, of all rows
         n = 0  # rows so far
-        for i, text in enumerate(ids.tensor_split(placeholders)):
+        for i, text in enumerate(ids.tensor_split(split_at)):
             if i > 0:  # it begins with a placeholder
                 x, at = visual[i - 1]
-                first = len(stands)
-                stands = torch.cat((stands, torch.arange(n, n + len(x), device=ids.device)))
-                token_at.append(stands[first + at])
+                at = at + len(row_of)
+                row_of = torch.cat((row_of, torch.arange(n, n + len(x), device=ids.device)))
+                token_at.append(row_of[at])
                 rows.append(x)
                 n += len(x)
                 text = text[1:]
@@ -520,10 +538,9 @@ class Llava(nn.Module):
             token_at.append(torch.arange(n, n + len(text), device=ids.device))
             n += len(text)
 
-        rows = torch.cat(rows)
         token_at = torch.cat(token_at) if vtu else torch.arange(n, device=ids.device)
         self.config.check_length(len(token_at))
-        return rows, token_at
+        return torch.cat(rows), token_at
 
     def find_placeholders(self, ids: Tensor, pictures: int) -> list[int]:
         """Where in ids (T,) they are; ValueError if not as many as pictures, or for wrong ids."""

@@ -23,6 +23,8 @@ from extras.door import read_picture
 from load import Processor, width_height
 from model import Llava, LlavaConfig, as_list
 
+NOT_ITS_OWN = "not what this model's processor makes of a picture"
+
 
 @strict
 @dataclass
@@ -63,9 +65,7 @@ class AnyRes(Llava):
     def encode(self, pixels, settings: DyMU = DyMU()):
         for one in as_list(pixels):
             if isinstance(one, Tensor):
-                raise ValueError(
-                    "pixels are a Tensor, not what this model's processor makes of a picture"
-                )
+                raise ValueError(f"pixels are a Tensor, {NOT_ITS_OWN}")
         return super().encode(pixels, settings)
 
 
@@ -83,6 +83,7 @@ class Picture(NamedTuple):
 
     def encode(self, llava: AnyRes, settings: DyMU) -> tuple[Tensor, Tensor]:
         """-> rows (R, D), token_at (N,). Raises ValueError for a wrong number of crops."""
+        check_model(llava, AnyRes, self)
         x, at = encode_crops(llava, self.crops, settings)
         merged = len(x) < at.numel()
         whole = at[0]
@@ -126,7 +127,7 @@ class AnyResProcessor(Processor):
 
         black = Image.new("RGB", (side, side))
         for p in (self.pictures, self.frames):
-            if not self.whole(black, p).isfinite().all():
+            if not self.one_crop(black, p).isfinite().all():
                 raise ValueError("pixels are not finite")
 
     def view(self, picture, several: bool = False) -> Image.Image:
@@ -139,7 +140,7 @@ class AnyResProcessor(Processor):
         picture = self.view(picture, several)
         w, h = picture.size
         tiles = self.tiles(picture, cut((h, w), self.config)[0])
-        return Picture(torch.stack([self.whole(picture, self.pictures), *tiles]), (h, w))
+        return Picture(torch.stack([self.one_crop(picture, self.pictures), *tiles]), (h, w))
 
     def tiles(self, picture: Image.Image, grid: tuple[int, int]) -> list[Tensor]:
         """The picture as large as a grid (rows, columns) lets it be, padded with black and cut."""
@@ -166,9 +167,9 @@ class AnyResProcessor(Processor):
     def all_frames(self, frames: list) -> list[Tensor]:
         if not frames:
             raise ValueError("a video without frames")
-        return [self.whole(read_picture(frame), self.frames) for frame in frames]
+        return [self.one_crop(read_picture(frame), self.frames) for frame in frames]
 
-    def whole(self, picture: Image.Image, p: dict) -> Tensor:
+    def one_crop(self, picture: Image.Image, p: dict) -> Tensor:
         """All of a picture as one crop, whatever its shape -> (3, H, W)"""
         side = self.config.vision_config.image_size
         return self.pixels(picture.resize((side, side), p["resample"]), p)
@@ -222,6 +223,12 @@ def positions(pixels, c: LlavaConfig) -> int:
         for one in as_list(pixels)
     ]
     return sum(counts)
+
+
+def check_model(llava: Llava, kind: type, shown) -> None:
+    """Raises ValueError where something is shown to a model that was not trained on its kind."""
+    if not isinstance(llava, kind):
+        raise ValueError(f"pixels are a {type(shown).__name__}, {NOT_ITS_OWN}")
 
 
 def encode_crops(llava: Llava, crops, settings: DyMU) -> tuple[Tensor, Tensor]:

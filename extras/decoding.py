@@ -31,13 +31,15 @@ def prefill_expanded(
     Each position then has an entry of its own, with its key rotated, and a step is plain Llama's.
     -> the last row and the map, for `Llava.decode`
     """
+    if len(rows) == len(token_at):  # nothing to expand
+        return rows, token_at
+
     before = token_at[:-1]
     llava.language_model(rows[:-1], before, cache, queries)
 
-    if cache.rows < cache.positions:  # else they are the same
-        cos, sin = rope_table(len(before), llava.language_model.c, rows.device)
-        for layer, (k, v) in cache.kv.items():
-            k = rotate(k.index_select(1, before), cos.to(k.dtype), sin.to(k.dtype))
-            cache.kv[layer] = k, v.index_select(1, before)
-        cache.rows = cache.positions
+    cos, sin = rope_table(len(before), llava.language_model.c, rows.device)
+    for layer, (k, v) in cache.kv.items():
+        k = rotate(k.index_select(1, before), cos.to(k.dtype), sin.to(k.dtype))
+        cache.kv[layer] = k, v.index_select(1, before)
+    cache.rows = cache.positions
     return rows[-1:], torch.arange(len(token_at), device=rows.device)

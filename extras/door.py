@@ -47,7 +47,7 @@ def note(message: str) -> None:
 
 
 @contextlib.contextmanager
-def whole(file: Path):
+def atomically(file: Path):
     """A path to write to, which becomes the file when all is written; else nothing is left."""
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".demo-") as folder:
         part = Path(folder) / file.name
@@ -131,7 +131,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def choose_device(device=None) -> torch.device:
     """The one asked for, else a GPU if there is one, else the CPU."""
-    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         there = torch.zeros(1, device=device)
         there.tolist()
@@ -147,10 +148,10 @@ def choose_dtype(dtype, device: torch.device, half: bool) -> torch.dtype:
     That is bfloat16 where the device computes in it; else float16 on a GPU, float32 on a CPU.
     """
     if dtype is not None:
-        chosen = getattr(torch, str(dtype).removeprefix("torch."), None)
-        if chosen not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"dtype {str(dtype)!r} is not one of float32, bfloat16, float16")
-        return chosen
+        name = str(dtype).removeprefix("torch.")
+        if name not in ("float32", "bfloat16", "float16", "float64"):
+            raise ValueError(f"dtype {name!r} is not one of float32, bfloat16, float16")
+        return getattr(torch, name)
     if not half:
         return torch.float32
     if device.type == "cpu":

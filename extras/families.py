@@ -13,8 +13,9 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
+from dymu import DyMU
 from extras.door import one_line, read_json
-from model import ACTIVATIONS, Llava, LlavaConfig, TextConfig, VisionConfig
+from model import ACTIVATIONS, Llava, LlavaConfig, TextConfig, VisionConfig, VisionTower
 
 # ---- What config.json may omit, where the dataclasses' defaults are not transformers' ----
 
@@ -69,6 +70,14 @@ DECODERS = {
     },
 }
 
+# of numbers that may be other than from just above 0 to a billion
+RANGES = {
+    "num_hidden_layers": (1, 1000),
+    "vision_feature_layer": (-1000, 1000),
+    "image_token_index": (0, 1e9),
+    "video_token_index": (0, 1e9),
+}
+
 
 def read_config(folder: Path) -> LlavaConfig:
     """config.json, where a field that equals transformers' default may be absent.
@@ -82,12 +91,19 @@ def read_config(folder: Path) -> LlavaConfig:
         defaults, tower, decoder = FAMILIES[said["model_type"]]
         vision = complete_vision(section(said, "vision_config"), tower)
         text = complete_text({"model_type": decoder} | section(said, "text_config"))
-        whole = complete(defaults, said, text, read_json(folder / "generation_config.json"))
+        values = complete(defaults, said, text, read_json(folder / "generation_config.json"))
 
-        whole["vision_config"] = build(VisionConfig, vision)
-        whole["text_config"] = build(TextConfig, text)
-        config = build(classes(said["model_type"])[0], whole)
+        values["vision_config"] = build(VisionConfig, vision)
+        values["text_config"] = build(TextConfig, text)
+        config = build(classes(said["model_type"])[0], values)
         check(config)
+
+        # a sliding window is not implemented: prompts end where it would begin to matter
+        window = text.get("sliding_window")
+        windowed = text["model_type"] == "mistral" or text.get("use_sliding_window")
+        if windowed and type(window) is int:
+            limit = config.text_config.max_position_embeddings
+            config.text_config.max_position_embeddings = min(limit, window)
     except (StrictDataclassError, ValueError) as e:
         raise ValueError(f"{file}: {one_line(e)}") from e
     return config
@@ -113,12 +129,6 @@ def complete_text(said: dict) -> dict:
 
     text["output_bias"] = kind == "llama" and bool(text.get("attention_bias"))
     text["attention_bias"] = kind == "qwen2" or text["output_bias"]
-
-    # a sliding window is not implemented: prompts end where it would begin to matter
-    window = text.get("sliding_window")
-    if type(window) is int and (kind == "mistral" or text.get("use_sliding_window")):
-        limit = text.get("max_position_embeddings", window)
-        text["max_position_embeddings"] = min(limit, window)
     return text
 
 
@@ -128,23 +138,30 @@ def complete(defaults: dict, said: dict, text: dict, generation: dict) -> dict:
     for kind in ("image", "video"):  # two names for one thing
         if f"{kind}_token_id" in said:
             said.setdefault(f"{kind}_token_index", said[f"{kind}_token_id"])
-    whole = defaults | said
+    values = defaults | said
 
     # an id or a list of them, from the first place that has it
     places = [one.get("eos_token_id") for one in (generation, said, text)]
     eos = next((eos for eos in places if eos is not None), 2)
-    whole["eos_token_id"] = eos if isinstance(eos, list) else [eos]
+    values["eos_token_id"] = eos if isinstance(eos, list) else [eos]
 
-    tied = whole.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    whole["tie_word_embeddings"] = bool(tied)
-    whole["dtype"] = whole.get("dtype") or whole.get("torch_dtype")
-    return whole
+    tied = values.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    values["tie_word_embeddings"] = bool(tied)
+    values["dtype"] = values.get("dtype") or values.get("torch_dtype")
+    return values
 
 
 def build(kind, values: dict):
-    """A config dataclass from the values that it has fields for; its own checks name a wrong one"""
-    names = [f.name for f in fields(kind) if values.get(f.name) is not None]
-    return kind(**{name: to_tuple(values[name]) for name in names})
+    """A config dataclass from the values that it has fields for
+
+    Raises ValueError for a number out of its range; the dataclass itself names a wrong type.
+    """
+    given = {f.name: values[f.name] for f in fields(kind) if values.get(f.name) is not None}
+    for name, value in given.items():
+        least, most = RANGES.get(name, (1e-12, 1e9))
+        if type(value) in (int, float) and not least <= value <= most:
+            raise ValueError(f"{name} is {value!r}")
+    return kind(**{name: to_tuple(value) for name, value in given.items()})
 
 
 def to_tuple(value):
@@ -156,12 +173,6 @@ def check(c: LlavaConfig) -> None:
     """What types alone do not tell"""
     v = c.vision_config
     t = c.text_config
-    for part in (v, t):
-        for name, value in vars(part).items():
-            most = 1000 if name == "num_hidden_layers" else 1e9
-            if type(value) in (int, float) and not 1e-12 <= value <= most:
-                raise ValueError(f"{name} is {value!r}")
-
     supported("vision hidden_act", v.hidden_act, *ACTIVATIONS)
     supported("text hidden_act", t.hidden_act, *ACTIVATIONS)
     supported("projector_hidden_act", c.projector_hidden_act, *ACTIVATIONS)
@@ -214,10 +225,17 @@ def model_class(c: LlavaConfig):
 class FirstPatchDropped(Llava):
     """A config.json may ask SigLIP for "default", too: transformers then drops position 0."""
 
-    def encode(self, pixels, settings):
+    def __init__(self, c: LlavaConfig):
+        super().__init__(c)
+        self.vision_tower = TowerWithoutFirst(c.vision_config, c.vision_layers, True)
+
+
+class TowerWithoutFirst(VisionTower):
+    def forward(self, pixels, settings: DyMU = DyMU()):
         from extras.anyres import settle
 
-        return [settle(rows, at[1:]) for rows, at in super().encode(pixels, settings)]
+        x, token_at = super().forward(pixels, settings)
+        return settle(x, token_at[1:])
 
 
 # ---- Preprocessing ----
@@ -236,14 +254,15 @@ CLIP_PICTURES = {
 
 def read_preprocessing(folder: Path, c: LlavaConfig) -> tuple[dict, dict]:
     """What is done to pictures, and to the frames of a video, with what the files omit filled in"""
-    whole = read_json(folder / "processor_config.json")
-    said = whole.get("image_processor") or read_json(folder / "preprocessor_config.json")
-    frames = whole.get("video_processor") or read_json(folder / "video_preprocessor_config.json")
+    both = read_json(folder / "processor_config.json")
+    said = both.get("image_processor") or read_json(folder / "preprocessor_config.json")
+    frames = both.get("video_processor") or read_json(folder / "video_preprocessor_config.json")
 
     side = c.vision_config.image_size
     pictures = CLIP_PICTURES | {"size": {"shortest_edge": side}, "crop_size": side}
     siglip = c.model_type == "llava" and not c.vision_config.class_token
-    if said.get("image_processor_type", "Siglip" if siglip else "").startswith("Siglip"):
+    kind = said.get("image_processor_type") or ("Siglip" if siglip else "")
+    if kind.startswith("Siglip"):
         pictures |= {"size": {"height": side, "width": side}}
         pictures |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
@@ -294,7 +313,7 @@ def read_template(folder: Path, c: LlavaConfig) -> str:
     return str(found).replace("\\n", "\n")  # in a Jinja string both are a line break
 
 
-def chat(template: str, places: list[str], question: str) -> str:
+def chat(template: str, placeholders: list[str], question: str) -> str:
     """The prompt of a question behind the placeholders of what is shown, as the template has it"""
     around = [prompt for mark, prompt in CHATS if mark in template]
     a_system_turn_of_its_own = "<|im_start|>system" in template
@@ -304,5 +323,5 @@ def chat(template: str, places: list[str], question: str) -> str:
     # a line break is behind each placeholder, or before the question
     behind = "\n" if "'<image>\n'" in template else ""
     before = "\n" if "'\n' + content['text']" in template else ""
-    shown = "".join(place + behind for place in places)
-    return around[0].replace("{}", shown + before + question)
+    pictures = "".join(one + behind for one in placeholders)
+    return around[0].replace("{}", pictures + before + question)

@@ -92,32 +92,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = p.add_argument
     inputs = "pictures and videos (a GIF, a folder of frames, a film), then the question"
     add("inputs", nargs="*", metavar="IMAGE ... QUESTION", help=inputs)
-    add("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help="Hub id or folder")
-    add(
-        "--tokens", default="full", metavar="T", help="full, high, mid, low, all of these or a file"
-    )
-    add(
-        "--vtu",
-        type=vtu,
-        default="all",
-        metavar="Q",
-        help="queries per token: all, 1, 2; off: none",
-    )
-    add("--frames", type=number(int, 1), default=8, metavar="N", help="of a video, evenly spread")
+    where = "Hub id or folder (%(default)s)"
+    add("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help=where)
+    budget = "full (default), high, mid, low, all (these four) or a file"
+    add("--tokens", default="full", metavar="T", help=budget)
+    queries = "queries per token: all (default), 1, 2, ...; off: no VTU"
+    add("--vtu", type=vtu, default="all", metavar="Q", help=queries)
+    evenly = "of a video, evenly spread (%(default)s)"
+    add("--frames", type=number(int, 1), default=8, metavar="N", help=evenly)
     joins = "join what is more alike than this to the frame before"
     add("--temporal", type=number(float, -1, 1), metavar="TAU", help=joins)
-    merge_by = "merge by threshold, or a fixed number"
+    merge_by = "merge by threshold (default), or a fixed number"
     add("--method", default="dtome", choices=("dtome", "tome"), help=merge_by)
     add("--expand-cache", action="store_true", help="a cache of all N positions: faster, larger")
-    add("--max-new-tokens", type=number(int, 1), default=128, metavar="N", help="longest answer")
-    add("--temperature", type=temperature, default=0.0, metavar="T", help="0: always the likeliest")
-    add("--seed", type=int, default=0, metavar="S", help="of what temperature draws")
+    longest = "longest answer (%(default)s)"
+    add("--max-new-tokens", type=number(int, 1), default=128, metavar="N", help=longest)
+    sampling = "of the sampling; 0 (default): greedy"
+    add("--temperature", type=temperature, default=0.0, metavar="T", help=sampling)
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        metavar="S",
+        help="of the sampling (%(default)s)",
+    )
     add("--device", metavar="D", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", metavar="D", help="float32, bfloat16, float16 (default: by checkpoint, device)")
     add("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
-    add(
-        "--show", type=png, metavar="FILE", help="save a picture (PNG) of which patches were merged"
-    )
+    merged = "save a picture (PNG) of which patches were merged"
+    add("--show", type=png, metavar="FILE", help=merged)
     add("--json", action="store_true", help="print one JSON object per budget and nothing else")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads")
     add("--calibrate", metavar="FOLDER", help="find low, mid and high on its pictures")

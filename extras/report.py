@@ -36,7 +36,7 @@ class Report:
 
 
 def count_tokens(llava: Llava) -> tuple[list[int], list]:
-    """Counts what each encoder layer's MLP gets -> the counts of all crops, and hooks to remove"""
+    """Counts the tokens that leave each encoder layer -> the counts, and hooks to remove"""
     c = llava.config
     first = int(c.vision_config.class_token and c.vision_feature_select_strategy == "default")
     layers = llava.vision_tower.layers

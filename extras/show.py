@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from extras.door import whole
+from extras.door import atomically
 from extras.video import Video
 from model import as_list
 
@@ -41,7 +41,7 @@ def save(file: Path, processor, shown: list, pixels: list, panels: list[tuple], 
         (title, patches(processor.config, pixels, visual), report)
         for title, visual, report in panels
     ]
-    with whole(file) as part:
+    with atomically(file) as part:
         draw(views_of(processor, shown), panels, question).save(part, format="PNG")
 
 

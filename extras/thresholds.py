@@ -21,7 +21,16 @@ from huggingface_hub.utils import tqdm
 
 from dymu import DyMU, Seen, match, merge, similar_keys, size_bias
 from extras.anyres import Picture
-from extras.door import announce_download, choose_device, find, note, one_line, read_json, whole
+from extras.door import (
+    announce_download,
+    atomically,
+    choose_device,
+    find,
+    note,
+    one_line,
+    read_json,
+)
+from extras.families import section
 from extras.video import picture_files
 from load import load_model, load_processor
 from model import LlavaConfig, VisionTower, check_layers
@@ -161,7 +170,7 @@ def read_thresholds(
     if isinstance(values, dict):
         values = values.get("thresholds")
 
-    name = similarity.__name__
+    name = name_of(similarity)
     found_with = data.get("similarity", "similar_keys")
     if found_with != name:
         raise ValueError(f"{file}: found with the similarity {found_with!r}, not {name!r}")
@@ -190,7 +199,7 @@ def find_file(spec: str, folder: Path, config: LlavaConfig) -> tuple[Path, str]:
     shipped = sorted((Path(__file__).parent.parent / "thresholds").glob("*.json"))
     for file in (folder / "thresholds.json", *shipped):
         data = read_json(file)
-        of = data.get("tower") or {}
+        of = section(data, "tower")
         if spec in data and all(tower.get(name) == value for name, value in of.items()):
             return file, spec
 
@@ -214,6 +223,11 @@ def read_pth(file: Path) -> list[float]:
     if layers != list(range(len(layers))):
         raise ValueError(f"{file}: the layers that have a threshold are {layers}")
     return [tau for _, tau in found]
+
+
+def name_of(similarity: Callable) -> str:
+    """By which a file says what it was found with: a function's own"""
+    return getattr(similarity, "__name__", repr(similarity))
 
 
 def is_number(value, most: float) -> bool:
@@ -339,7 +353,7 @@ def calibrate_folder(a) -> None:
     config = llava.config
     found = {
         "model": a.model,
-        "similarity": similar_keys.__name__,
+        "similarity": name_of(similar_keys),
         "preprocessing": "pad" if processor.pad else "crop",
         "schedule": "constant",
         "date": datetime.date.today().isoformat(),
@@ -356,7 +370,7 @@ def calibrate_folder(a) -> None:
         for why in skipped.values():
             note(f"skipped: {why}")
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in found.items()]
-        with whole(save) as part:
+        with atomically(save) as part:
             part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         print(f"wrote {save}; {len(skipped)} pictures skipped")
     if dist.is_initialized():

@@ -62,6 +62,7 @@ class Video(NamedTuple):
 
     def encode(self, llava, settings: DyMU) -> tuple[Tensor, Tensor]:
         """-> rows (R, D), token_at (N,)"""
+        anyres.check_model(llava, OneVision, self)
         x, at = anyres.encode_crops(llava, self.frames, settings)
         g = llava.config.vision_config.grid
         size = self.grids(llava.config)[0]
@@ -103,10 +104,10 @@ class OneVisionProcessor(anyres.AnyResProcessor):
     def image(self, picture, several: bool = False):
         if not several:
             return super().image(picture)
-        return anyres.Picture(self.whole(self.view(picture, several), self.pictures)[None], None)
+        return anyres.Picture(self.one_crop(self.view(picture, several), self.pictures)[None], None)
 
-    def video(self, frames: list, temporal: float | None = None) -> Video:
-        return Video(torch.stack(self.all_frames(frames)), temporal)
+    def video(self, frames: list) -> Video:
+        return Video(torch.stack(self.all_frames(frames)))
 
 
 # ---- Joining: not in the paper, which names it as future work ----
@@ -119,8 +120,10 @@ def join(visual: list[tuple[Tensor, Tensor]], threshold: float) -> list[tuple[Te
     of each the tokens that are new in it, and its map, where a negative number is a token of a
     frame before it, as in `Llava.splice`. A token joins where the cosine is above the threshold.
     It stands in both frames then, so that the next frame's may join it, too, and is the average
-    over all its positions.
+    over all its positions. Raises ValueError for a threshold that is no cosine.
     """
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"temporal is {threshold}; it is a cosine, from -1 to 1")
     if not visual:
         return []
 

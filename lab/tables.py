@@ -6,7 +6,7 @@ Rows of Markdown, and JSON files that appear whole or not at all.
 import json
 from pathlib import Path
 
-from extras.door import whole
+from extras.door import atomically
 
 
 def line(*cells) -> str:
@@ -29,5 +29,5 @@ def dump(results, depth: int) -> str:
 
 
 def save(results: dict, path: Path, depth: int) -> None:
-    with whole(path) as part:
+    with atomically(path) as part:
         part.write_text(dump(results, depth) + "\n")

@@ -234,6 +234,18 @@ def test_a_number_of_crops_that_is_not_the_pictures_is_refused(anyres):
         llava.encode(crops[0])
 
 
+def test_what_is_made_for_another_family_is_refused(checkpoint, llava, ids):
+    pictures = {name: checkpoint(name)[2].image(picture()) for name in FAMILIES}
+    video = checkpoint("llava_onevision")[2].video([picture()] * 2)
+    for model, shown in (
+        (llava, pictures["llava_next, Llama"]),
+        (llava, video),
+        (checkpoint("llava_next, Llama")[1], video),
+    ):
+        with pytest.raises(ValueError, match=r"pixels are a \w+, not what this model's processor"):
+            model.encode(shown)
+
+
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
 @pytest.mark.parametrize(
     "wrong", [[], "many", [56, 112], [[56]], [[56, 100]], [[56, 0]], [["56", "56"]], [[56, 112.0]]]

@@ -130,7 +130,21 @@ def test_rows_in_another_order_are_sorted_out_before_the_decoder(llava, ids, ima
 def test_a_prompt_that_ends_in_a_picture(llava, saved, ids, images, settings):
     text = ids[ids != IMAGE]
     prompt = torch.cat((text, torch.tensor([IMAGE])))
-    visual = llava.encode(images[3], settings)
+    if settings.merging and settings.vtu:  # of pictures whose last position is not the last row's
+        ends = [llava.vision_tower(image, settings)[1][-1] for image in images]
+        assert any(end != 16 - sum(MERGED) - 1 for end in ends)
+    for image in images:
+        check_end(llava, prompt, image, settings)
+    if settings == DyMU():
+        their_ids = torch.cat((text, torch.full((16,), IMAGE)))[None]
+        inputs = dict(input_ids=their_ids, pixel_values=images[3][None])
+        theirs = reference_of(saved)(**inputs).logits[0, -1]
+        ours = check_end(llava, prompt, images[3], settings)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def check_end(llava, prompt, image, settings):
+    visual = llava.encode(image, settings)
     rows, token_at = llava.splice(prompt, visual, settings.vtu)
     x = llava.language_model(rows, token_at, KVCache(), settings.queries)
     expected = llava.logits(x[token_at[-1]])
@@ -140,13 +154,9 @@ def test_a_prompt_that_ends_in_a_picture(llava, saved, ids, images, settings):
         seen.append(logits)
         return logits.argmax()
 
-    list(llava.generate(prompt, images[3], settings, 1, pick=pick))
+    list(llava.generate(prompt, image, settings, 1, pick=pick))
     torch.testing.assert_close(seen[0], expected)
-    if settings == DyMU():
-        their_ids = torch.cat((text, torch.full((16,), IMAGE)))[None]
-        inputs = dict(input_ids=their_ids, pixel_values=images[3][None])
-        theirs = reference_of(saved)(**inputs).logits[0, -1]
-        torch.testing.assert_close(seen[0], theirs, rtol=1e-5, atol=1e-5)
+    return seen[0]
 
 
 def test_queries_that_leave_a_token_out_are_no_silent_nan(llava, ids, images):
@@ -171,6 +181,50 @@ def test_a_method_is_not_hidden_by_a_field(llava, ids, images):
     found = llava(ids, images[3], Everything(rule=min))
     expected = llava(ids, images[3], DyMU(rule=lambda score, seen: score > -9))
     assert torch.equal(found, expected) and len(found) < len(llava(ids, images[3]))
+
+
+@torch.no_grad()
+def test_two_answers_from_one_prefix_do_not_write_into_each_other(llava, ids, images):
+    """Also in turns: each copy of a cache that has grown gets room of its own."""
+    rows, token_at = llava.splice(ids, llava.encode(images[3], DyMU(r=MERGED)))
+    prefix = KVCache()
+    list(llava.decode(rows, token_at, prefix, max_new_tokens=3, eos=()))
+    at = torch.cat((token_at, torch.arange(len(rows), prefix.rows)))
+    caches = [KVCache(), KVCache()]
+    answers = []
+    for cache, id in zip(caches, (7, 9)):
+        cache.kv = {i: tuple(x[:, : prefix.rows] for x in kv) for i, kv in prefix.kv.items()}
+        cache.rows, cache.positions = prefix.rows, prefix.positions
+        new = llava.language_model.embed_tokens.weight[id][None]
+        more = torch.cat((at, torch.tensor([prefix.rows])))
+        answers.append(llava.decode(new, more, cache, max_new_tokens=5, eos=()))
+    in_turns = [list(ids) for ids in zip(*zip(*answers))]
+    alone = []
+    for id in (7, 9):
+        cache = KVCache()
+        cache.kv = {i: tuple(x[:, : prefix.rows] for x in kv) for i, kv in prefix.kv.items()}
+        cache.rows, cache.positions = prefix.rows, prefix.positions
+        new = llava.language_model.embed_tokens.weight[id][None]
+        more = torch.cat((at, torch.tensor([prefix.rows])))
+        alone.append(list(llava.decode(new, more, cache, max_new_tokens=5, eos=())))
+    assert in_turns == alone
+
+
+def test_a_step_copies_one_row_not_the_cache(llava):
+    cache = KVCache()
+    k = torch.randn(2, 40, 16)
+    cache.append(0, k, k)
+    cache.rows = 40
+    moved = 0
+    for i in range(100):
+        before = cache.kv[0][0].data_ptr()
+        new = torch.randn(2, 1, 16)
+        found, _ = cache.append(0, new, new)
+        assert torch.equal(found[:, :40], k) and torch.equal(found[:, -1:], new)
+        cache.rows += 1
+        assert found.shape[1] == cache.rows == 41 + i
+        moved += cache.kv[0][0].data_ptr() != before
+    assert moved == 2  # at 41 rows, and where that room is full
 
 
 # ---- backward ----

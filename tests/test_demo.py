@@ -385,6 +385,17 @@ def test_a_tower_whose_first_patch_is_dropped(run, photo, tmp_path):
     argv = [photo, "Q", "--model", folder, "--max-new-tokens", 1]
     assert json.loads(run(*argv, "--json")[1])["virtual_tokens"] == 48
     assert run(*argv, "--method", "tome", "--tokens", "mid", "--show", tmp_path / "s.png")[0] == 0
+    # what calibration counts is what the decoder gets
+    (tmp_path / "pictures").mkdir()
+    for n in range(4):
+        picture("RGB", (40 + 9 * n, 60)).save(tmp_path / "pictures" / f"{n}.png")
+    assert run("--calibrate", tmp_path / "pictures", "--model", folder)[0] == 0
+    llava, processor = load(folder)
+    for budget in ("low", "mid", "high"):
+        one = json.loads((folder / "thresholds.json").read_text())[budget]
+        settings = DyMU(thresholds=tuple(one["thresholds"]))
+        shown = [processor.image(tmp_path / "pictures" / f"{n}.png") for n in range(4)]
+        assert one["tokens_mean"] == sum(len(x) for x, _ in llava.encode(shown, settings)) / 4
 
 
 def test_what_is_shown_is_what_the_model_sees(families):

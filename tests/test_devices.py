@@ -4,6 +4,7 @@ import pytest
 import torch
 from checkpoints import FAMILIES, QUESTION, clip, picture
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dymu import DyMU
 from extras.decoding import prefill_expanded, sampler
@@ -56,6 +57,30 @@ def test_merged_generation(checkpoint, saved, name, expand, queries):
             pick = sampler(1.0, 0, rows.device)
             answer = llava.decode(rows, token_at, cache, queries, 3, eos=(), pick=pick)
             assert len(list(answer)) == 3
+
+
+class CountWaits(TorchDispatchMode):
+    """How often a value is read by the host, for which it would have to wait on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = ("_local_scalar_dense", "nonzero", "_unique2", "is_nonzero")
+        self.waits += any(name in str(func) for name in names)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [DyMU(), DyMU(r=(4, 3, 2)), DyMU(r=(4, 3, 2), vtu=False)])
+def test_a_step_waits_once_for_the_chosen_id(llava, ids, images, settings):
+    waits = []
+    for n in (5, 15):
+        with CountWaits() as mode:
+            list(llava.generate(ids, images[3], settings, n, eos=()))
+        waits.append(mode.waits)
+    assert waits[1] - waits[0] == 10
 
 
 def test_finding_thresholds(llava, images):

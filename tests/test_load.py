@@ -28,7 +28,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from dymu import DyMU
 from extras import door
 from extras.door import choose_dtype
-from extras.families import read_config, to_tuple
+from extras.families import classes, read_config, to_tuple
 from extras.sampled import spread
 from load import Processor, load, load_model
 from model import TextConfig, VisionConfig
@@ -338,6 +338,36 @@ def test_spellings_of_the_same_configuration(tmp_path):
     assert both.eos_token_id == (5,)
     (tmp_path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=9)))
     assert config_of(tmp_path, eos_token_id=5).eos_token_id == (9,)
+
+
+WRONG = ("x", [], {}, [1], -1, 0, 0.5, 10**12, float("inf"), float("nan"), True, None)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+def test_a_wrong_value_anywhere_is_one_line_that_names_it(tmp_path, family, text):
+    """Each field of each part, with each of these values: it is taken, or told."""
+    parts = dict(vision_config=VisionConfig, text_config=TextConfig)
+    names = {part: set(kind.__dataclass_fields__) for part, kind in parts.items()}
+    names["text_config"] |= {"sliding_window", "rope_parameters", "rope_scaling", "eos_token_id"}
+    whole = set(classes(family)[0].__dataclass_fields__) | {
+        "image_token_id",
+        "torch_dtype",
+        "eos_token_id",
+    }
+    told = 0
+    for part, name in [(None, n) for n in whole] + [(p, n) for p in parts for n in names[p]]:
+        for value in WRONG:
+            config = dict(model_type=family, text_config=dict(model_type=text))
+            place = config.setdefault(part, {}) if part else config
+            place[name] = value
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            try:
+                read_config(tmp_path)
+            except ValueError as e:
+                assert str(e).startswith(f"{tmp_path}/config.json: ") and "\n" not in str(e)
+                told += 1
+    assert told > 150
 
 
 def test_tensors_are_memory_mapped_and_never_on_meta(folder):

@@ -6,11 +6,13 @@ Those are built on transformers' modules.
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import IMAGE, QUESTION, make
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_dymu import evenly, merged_by_sets
 from transformers import LlavaForConditionalGeneration
@@ -312,6 +314,7 @@ def test_cache_holds_unique_rows_only():
             shape = (c.num_key_value_heads, tokens, c.head_dim)
             k = torch.empty(shape, dtype=torch.bfloat16, device="meta")
             cache.append(layer, k, k)
+        cache.rows = tokens
         assert cache.bytes == mib * 2**20
 
 
@@ -378,6 +381,12 @@ def test_prompts_that_do_not_fit_are_refused(llava, ids, pixels):
     ):
         with pytest.raises(ValueError, match=message):
             llava(wrong_ids, wrong_pixels)
+
+
+def test_what_is_no_picture_is_refused(llava, ids):
+    for wrong in ("photo.jpg", Path("photo.jpg"), Image.new("RGB", (56, 56)), 5, [[]]):
+        with pytest.raises(ValueError, match=r"pixels are a \w+, see Processor.image"):
+            llava(ids, wrong if isinstance(wrong, list) else [wrong])
 
 
 def test_a_list_of_ids_and_pixels_of_another_dtype_are_taken(llava, ids, pixels):

@@ -1,5 +1,6 @@
 """Videos: what is one, which frames are taken, what is wrong with it; joining its frames."""
 
+import math
 import struct
 import sys
 
@@ -192,6 +193,12 @@ def test_join_frames_takes_what_is_above_the_threshold_strictly():
     frames = [(torch.eye(3), torch.arange(3)), (torch.eye(3), torch.arange(3))]
     assert [len(x) for x, _ in join(frames, 1.0)] == [3, 3]
     assert [len(x) for x, _ in join(frames, 0.999)] == [3, 0]
+
+
+def test_temporal_is_a_cosine():
+    for wrong in (1.01, -2.0, math.nan):
+        with pytest.raises(ValueError, match="it is a cosine"):
+            join([], wrong)
 
 
 @torch.no_grad()
