@@ -377,6 +377,7 @@ def test_prompts_that_do_not_fit_are_refused(llava, ids, pixels):
         (torch.cat((ids, ids)), pixels, "2 image placeholders"),
         (torch.tensor([IMAGE]), pixels, "needs text"),
         (torch.tensor([5, 260]), None, "from 0 to 259"),
+        (torch.tensor([5, -1]), None, "from 0 to 259"),
         (ids, torch.zeros(3, 28, 56), r"pixels \(3, 28, 56\)"),
     ):
         with pytest.raises(ValueError, match=message):
