@@ -97,6 +97,7 @@ def match(similarity: Tensor, class_token: bool = True) -> tuple[Tensor, Tensor]
 
     similarity (N_i, N_i) -> score (|A|,), partner (|A|,), an index into B
     """
+    assert similarity.shape == (len(similarity),) * 2, f"a similarity of shape {similarity.shape}"
     if len(similarity) == 1:
         # without a class token all tokens can merge into one: it is in A, and B is empty
         return similarity.new_full((1,), -torch.inf), similarity.new_zeros(1, dtype=torch.long)
@@ -119,10 +120,8 @@ def merge(x: Tensor, size: Tensor, token_at: Tensor, partner: Tensor, chosen: Te
     The tokens of A that stay come first, then all of B. The next layer splits A and B by that
     order, so it decides which tokens can meet. Only if nothing merges does the order stay.
     """
-    stays = ~chosen
-
     # the new length must be known: on a GPU this is the one time that a layer waits for it
-    n_stay = int(stays.sum())
+    n_stay = int((~chosen).sum())
     if n_stay == len(chosen):
         # as when the authors' code runs one picture. So token_at is the identity until something
         # has merged, and the decoder may count on that
@@ -132,7 +131,7 @@ def merge(x: Tensor, size: Tensor, token_at: Tensor, partner: Tensor, chosen: Te
 
     # old token -> new token: again a one-hot matrix kept as an index
     goes_to = token_at.new_empty(len(x))
-    goes_to[::2] = torch.where(stays, stays.cumsum(0) - 1, n_stay + partner)
+    goes_to[::2] = torch.where(chosen, n_stay + partner, (~chosen).cumsum(0) - 1)
     goes_to[1::2] = torch.arange(n_stay, n_left, device=x.device)
 
     # Eq. 1, for all that meet in one token at once

@@ -243,7 +243,10 @@ def decoder_by_expansion(llava, rows, token_at, queries):
     c, x = llava.config.text_config, rows
     N, (cos, sin) = len(token_at), rope_table(len(token_at), c, rows.device)
     lists = [(token_at == t).nonzero().flatten().tolist() for t in range(len(rows))]
-    lists = [p if queries is None else evenly(p, queries) for p in lists]
+    if isinstance(queries, list):  # the positions themselves
+        lists = queries
+    elif queries is not None:
+        lists = [evenly(p, queries) for p in lists]
     future = torch.ones(N, N).triu(1).bool()
     for layer in llava.language_model.layers:
         h = layer.input_layernorm(x)[token_at]

@@ -24,6 +24,11 @@ def share(score, seen):
     return best(score, len(score) // 3)
 
 
+def first_position(token_at):
+    order = token_at.argsort(stable=True)
+    return order[token_at[order].diff(prepend=token_at.new_tensor([-1])) > 0].sort().values
+
+
 class Twice:
     """A second stage behind the projector: a picture that encodes itself."""
 
@@ -38,7 +43,7 @@ class Twice:
 
 
 def test_they_are_short():
-    for idea in (values, share, Twice.encode):
+    for idea in (values, share, first_position, Twice.encode):
         assert len(inspect.getsource(idea).strip().splitlines()) <= 10
 
 
@@ -96,6 +101,22 @@ def test_a_rule_decides_how_many(llava, images):
     for _ in range(3):
         n -= ((n + 1) // 2) // 3
     assert (len(x), len(token_at)) == (n - 1, 16)
+
+
+def test_queries_decide_where_attention_is_computed(llava, ids, images):
+    """Against one position of each token in the slow form."""
+    settings = DyMU(r=(4, 3, 2), queries=first_position)
+    rows, token_at = llava.splice(ids, llava.encode(images[3], settings))
+    first = [token_at.tolist().index(t) for t in range(len(rows))]
+    assert first_position(token_at).tolist() == sorted(first)
+    expected = decoder_by_expansion(llava, rows, token_at, [[p] for p in first])
+    torch.testing.assert_close(llava(ids, images[3], settings), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_similarity_of_another_shape_is_told(llava, images):
+    for wrong in (lambda seen: seen.k.mean(0), lambda seen: seen.x, lambda seen: seen.size):
+        with pytest.raises(AssertionError, match="a similarity of shape"):
+            llava.vision_tower(images[3], DyMU(similarity=wrong, r=(1, 1, 1)))
 
 
 @pytest.mark.parametrize("chosen", [True, False])
