@@ -631,7 +631,7 @@ def measure(a: argparse.Namespace) -> dict:
 
 def main() -> None:
     p = argparse.ArgumentParser(
-        prog="python -m lab.ablate", description="Measures the ablations of the README."
+        prog="python -m lab.ablate", description="Measures the ablations of RESULTS.md."
     )
     p.add_argument("--model", default="tiny", help="folder of the checkpoint (%(default)s)")
     p.add_argument(

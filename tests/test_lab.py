@@ -32,7 +32,6 @@ def test_ablations_count_the_tokens_of_the_picture():
 )
 def test_ablations_ask_each_set_and_know_what_would_be_answered(which, number):
     if which == "easy-VQA":
-        pytest.importorskip("easy_vqa")
         picture, _ = ablate.easy_list("test")[number]
     else:
         picture = scene(number, variant=ablate.VARIANT[which]).image

@@ -2,11 +2,11 @@
 
 import json
 
-import pytest
 import torch
 
 from lab import train_tiny
 from lab.packing import EVERY_KIND, pack, scene_sample
+from lab.plot import plot
 from lab.scenes import HELD_OUT, VARIANTS, scene
 from lab.untrained import build_model, build_tokenizer
 from load import load
@@ -101,9 +101,6 @@ def test_variants_are_what_they_say():
 
 
 def test_the_log_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    from lab.plot import plot
-
     accuracy = {"scenes": {"all": 50.0, "color": 40.0}, "easy-VQA": {"all": 60.0, "easy": 60.0}}
     measured = {"pictures": 100, "losses": {"dense": 3.0}, "accuracy": accuracy}
     later = measured | {"pictures": 200, "losses": {"dense": 2.0, "reading": 1.0}}
