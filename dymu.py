@@ -66,7 +66,7 @@ class Seen:
 
     layer: int
     x: Tensor  # (N_i, D), after the attention
-    q: Tensor  # (H, N_i, d), the attention's queries; its keys and values are alike
+    q: Tensor  # (H, N_i, d), its queries; k and v alike
     k: Tensor
     v: Tensor
     size: Tensor  # (N_i,)
@@ -171,7 +171,8 @@ def rope_scores(q: Tensor, k: Tensor, token_at: Tensor, cos: Tensor, sin: Tensor
     q (H, N_un, d), k (H_kv, N_un, d), not rotated -> A (H, N, N), before 1/sqrt(d), mask, softmax
     It is there for reading and for the tests.
     """
-    k = k.repeat_interleave(len(q) // len(k), dim=0)  # one head of k may serve several of q
+    # one head of k may serve several of q
+    k = k.repeat_interleave(len(q) // len(k), dim=0)
     q1, q2 = q.chunk(2, dim=-1)
     k1, k2 = k.chunk(2, dim=-1)
 
