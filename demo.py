@@ -82,7 +82,7 @@ def answer(a) -> None:
             print(report.row(name) if several else report)
 
         # of the four budgets the input itself shows what full is
-        if name != "full" or not several or a.temporal is not None:
+        if a.show and (name != "full" or not several or a.temporal is not None):
             panels.append((name, visual, report))
 
     if a.show:

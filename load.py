@@ -69,8 +69,9 @@ def load_model(folder: Path, device=None, dtype=None, only: str = "", progress=i
         raise ValueError(f"{folder}: {what[:500]}") from e
 
     kinds = {kind for _, _, _, kind in stored.values()}
-    said = config.dtype and config.dtype != "float32"
-    half = said if config.dtype else kinds <= {"F16", "BF16"}
+    half = kinds <= {"F16", "BF16"}
+    if config.dtype is not None:  # what config.json says goes before what is stored
+        half = config.dtype != "float32"
     dtype = choose_dtype(dtype, device, half)
 
     tensors = {}

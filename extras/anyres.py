@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dymu import DyMU, remerge
 from extras.door import read_picture
+from extras.families import supported
 from load import Processor, width_height
 from model import Llava, LlavaConfig, as_list
 
@@ -49,10 +50,7 @@ class AnyResConfig(LlavaConfig):
         """The tokens of a crop must be the square of its patches."""
         fitting = "default" if self.vision_config.class_token else "full"
         found = self.vision_feature_select_strategy
-        if found != fitting:
-            raise ValueError(
-                f"vision_feature_select_strategy {found!r} is not implemented, only {fitting!r}"
-            )
+        supported("vision_feature_select_strategy", found, fitting)
 
 
 class AnyRes(Llava):

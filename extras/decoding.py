@@ -6,7 +6,7 @@ For who wants varied answers, or faster steps after a merged picture for more me
 import torch
 from torch import Tensor
 
-from dymu import rotate
+from dymu import at_least_float32, rotate
 from model import KVCache, Llava, rope_table
 
 
@@ -17,7 +17,8 @@ def sampler(temperature: float, seed: int, device):
     generator = torch.Generator(device).manual_seed(seed)
 
     def pick(logits: Tensor) -> Tensor:
-        return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+        share = (at_least_float32(logits) / temperature).softmax(-1)
+        return torch.multinomial(share, 1, generator=generator)
 
     return pick
 

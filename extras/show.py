@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from extras.door import atomically
-from extras.video import Video
+from extras.video import Video, several_pictures
 from model import as_list
 
 # pixels; GAP is the least space between two pictures
@@ -47,7 +47,7 @@ def save(file: Path, processor, shown: list, pixels: list, panels: list[tuple], 
 
 def views_of(processor, shown: list) -> list[Image.Image]:
     """What the model sees of pictures, and of videos as lists of frames"""
-    several = sum(isinstance(one, Image.Image) for one in shown) > 1
+    several = several_pictures(shown)
     return [processor.view(view, several and view is one) for one in shown for view in as_list(one)]
 
 

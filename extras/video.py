@@ -20,6 +20,7 @@ from torch import Tensor
 from dymu import DyMU, average, cosine
 from extras import anyres
 from extras.door import one_line, read_picture
+from extras.families import supported
 from load import pad_to_square
 from model import as_list
 
@@ -44,10 +45,8 @@ class OneVisionConfig(anyres.AnyResConfig):
 
     def validate_aspect_ratio(self):
         found = self.vision_aspect_ratio
-        if not re.fullmatch(r"anyres_max_[1-9]\d*", found):
-            raise ValueError(
-                f"vision_aspect_ratio {found!r} is not implemented, only 'anyres_max_N'"
-            )
+        fits = re.fullmatch(r"anyres_max_[1-9]\d*", found)
+        supported("vision_aspect_ratio", found, found if fits else "anyres_max_N")
 
 
 class Video(NamedTuple):
@@ -174,9 +173,14 @@ def read_any(path: str, frames: int) -> Image.Image | list[Image.Image]:
     return read_frames(path, frames) if is_video(path) else read_picture(path)
 
 
+def several_pictures(shown: list) -> bool:
+    """Whether a picture among pictures and videos is one of several, which some models see whole"""
+    return sum(isinstance(one, Image.Image) for one in shown) > 1
+
+
 def see(processor, shown: list) -> list:
     """Pictures, and videos as lists of frames -> what `Llava.encode` takes"""
-    several = sum(isinstance(one, Image.Image) for one in shown) > 1
+    several = several_pictures(shown)
     pixels = []
     for one in shown:
         seen = processor.video(one) if isinstance(one, list) else processor.image(one, several)
