@@ -37,6 +37,17 @@ def read_json(path: Path, kind=dict):
     return data
 
 
+def dump(results, depth: int) -> str:
+    """JSON with a line for each key down to that depth.
+
+    So a difference between two files shows where it is.
+    """
+    if depth == 0 or not isinstance(results, dict):
+        return json.dumps(results)
+    lines = (f"{json.dumps(k)}: {dump(v, depth - 1)}" for k, v in results.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
 def one_line(e: BaseException) -> str:
     return " ".join(str(e).split()) or type(e).__name__
 

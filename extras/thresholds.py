@@ -4,7 +4,6 @@ For who needs low, mid and high for another vision tower, or another similarity.
 """
 
 import datetime
-import json
 import os
 import re
 import statistics
@@ -25,6 +24,7 @@ from extras.door import (
     announce_download,
     atomically,
     choose_device,
+    dump,
     find,
     note,
     one_line,
@@ -369,9 +369,8 @@ def calibrate_folder(a) -> None:
     if process()[0] == 0:
         for why in skipped.values():
             note(f"skipped: {why}")
-        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in found.items()]
         with atomically(save) as part:
-            part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            part.write_text(dump(found, depth=1) + "\n")
         print(f"wrote {save}; {len(skipped)} pictures skipped")
     if dist.is_initialized():
         dist.destroy_process_group()

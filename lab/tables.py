@@ -3,10 +3,9 @@
 Rows of Markdown, and JSON files that appear whole or not at all.
 """
 
-import json
 from pathlib import Path
 
-from extras.door import atomically
+from extras.door import atomically, dump
 
 
 def line(*cells) -> str:
@@ -15,17 +14,6 @@ def line(*cells) -> str:
 
 def head(*cells) -> list[str]:
     return [line(*cells), "|---" + "|---:" * (len(cells) - 1) + "|"]
-
-
-def dump(results, depth: int) -> str:
-    """JSON with a line for each key down to that depth.
-
-    So a difference between two files shows where it is.
-    """
-    if depth == 0 or not isinstance(results, dict):
-        return json.dumps(results)
-    lines = (f"{json.dumps(k)}: {dump(v, depth - 1)}" for k, v in results.items())
-    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def save(results: dict, path: Path, depth: int) -> None:
