@@ -211,10 +211,11 @@ class Processor:
         """Frames, as pictures -> what `Llava.encode` takes: a list of pictures, in this family"""
         return [self.image(frame) for frame in frames]
 
-    def prompt(self, question: str, image=True) -> Tensor:
+    def prompt(self, question: str, image=True, turns=(), system: str = "") -> Tensor:
         """The question in the checkpoint's chat format -> ids (T,), a placeholder for each picture.
 
-        image: how many pictures, or what `image` or `video` returned for them.
+        image: how many pictures, or what `image` or `video` returned for them; turns: (question,
+        answer) of the conversation before; system: text in front of it all.
         """
         if not question.strip():
             raise ValueError("the question is empty")
@@ -223,7 +224,7 @@ class Processor:
         shown = [None] * image if isinstance(image, int) else as_list(image)
         names = [getattr(one, "placeholder", "<image>") for one in shown]
         try:
-            text = families.chat(self.template, names, question)
+            text = families.chat(self.template, names, question, turns, system)
         except ValueError as e:
             raise ValueError(f"{self.folder}: {e}") from e
 

@@ -272,21 +272,30 @@ def read_preprocessing(folder: Path, c: LlavaConfig) -> tuple[dict, dict]:
 
 # ---- Chat formats ----
 
-# a mark in the checkpoint's Jinja template, and the prompt around pictures and question
+# a mark in the checkpoint's Jinja template; what it makes of the text of a system (None: it knows
+# none), a user and an assistant; and how it opens the answer
 CHATS = (
-    (".upper() + ': '", "USER: {} ASSISTANT:"),  # Vicuna's
-    ("'[INST] '", "[INST] {} [/INST]"),  # Mistral's
+    (".upper() + ': '", "{} ", "USER: {} ", "ASSISTANT: {} ", "ASSISTANT:"),  # Vicuna's
+    ("'[INST] '", None, "[INST] {} [/INST]", " {}<\\s> ", ""),  # Mistral's, misspelt as it is there
     (  # ChatML, in two ways
         "'<|im_start|>' + message['role'] + ' '",
-        "<|im_start|>user {}<|im_end|><|im_start|>assistant\n",
+        "<|im_start|>system {}<|im_end|>",
+        "<|im_start|>user {}<|im_end|>",
+        "<|im_start|>assistant {}<|im_end|>",
+        "<|im_start|>assistant\n",
     ),
     (
         "'<|im_start|>' + message['role'] + '\n'",
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\n{}<|im_end|>\n",
+        "<|im_start|>user\n{}<|im_end|>\n",
+        "<|im_start|>assistant\n{}<|im_end|>\n",
+        "<|im_start|>assistant\n",
     ),
     (  # Llama 3's
         "'<|start_header_id|>' + message['role']",
-        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
 )
@@ -313,15 +322,31 @@ def read_template(folder: Path, c: LlavaConfig) -> str:
     return str(found).replace("\\n", "\n")  # in a Jinja string both are a line break
 
 
-def chat(template: str, placeholders: list[str], question: str) -> str:
-    """The prompt of a question behind the placeholders of what is shown, as the template has it"""
-    around = [prompt for mark, prompt in CHATS if mark in template]
+def chat(template: str, placeholders: list[str], question: str, turns=(), system: str = "") -> str:
+    """The prompt of a question, as the template has it.
+
+    placeholders: of what is shown, before the first question; turns: (question, answer) before
+    this one; system: what the template puts in front of all. Raises ValueError.
+    """
+    known = [formats for mark, *formats in CHATS if mark in template]
     a_system_turn_of_its_own = "<|im_start|>system" in template
-    if not around or "<image>" not in template or a_system_turn_of_its_own:
+    if not known or "<image>" not in template or a_system_turn_of_its_own:
         raise ValueError("chat template not recognised; extras/families.py lists the known ones")
 
-    # a line break is behind each placeholder, or before the question
+    system_format, user, assistant, opening = known[0]
+    if system and system_format is None:
+        raise ValueError("this chat format has no system prompt")
+
+    # a line break is behind each placeholder, or before each text
     behind = "\n" if "'<image>\n'" in template else ""
     before = "\n" if "'\n' + content['text']" in template else ""
-    pictures = "".join(one + behind for one in placeholders)
-    return around[0].replace("{}", pictures + before + question)
+
+    def say(text, form, shown=""):
+        return form.replace("{}", shown + before + text)
+
+    said = say(system, system_format) if system else ""
+    shown = "".join(one + behind for one in placeholders)
+    for asked, answer in turns:
+        said += say(asked, user, shown) + say(answer, assistant)
+        shown = ""
+    return said + say(question, user, shown) + opening

@@ -44,7 +44,8 @@ MISTRAL = (  # what llava-hf/llava-v1.6-mistral-7b-hf ships, without its system 
     "{{ '<image>\\n' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ content['text'] }}{% endfor %}"
-    "{{' [/INST]' }}{% endif %}{% endfor %}"
+    "{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    r"{{ ' ' + message['content'][0]['text'] + '<\s> '}}{% endif %}{% endfor %}"
 )
 CHATML = (  # what llava-hf/llava-interleave-qwen-0.5b-hf and llava-onevision-qwen2-7b-ov-hf ship
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"

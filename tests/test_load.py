@@ -183,6 +183,30 @@ def test_prompt_equals_transformers(folder, template, place, question):
         assert processor.decode(ids) == text.replace("<image>", "")
 
 
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("turns", [0, 2])
+def test_conversations_equal_transformers(folder, template, turns):
+    def message(role, text, images=0):
+        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+        return {"role": role, "content": content}
+
+    (folder / "chat_template.jinja").write_text(template)
+    reference, processor = AutoProcessor.from_pretrained(folder), Processor(folder)
+    for system in ("", "You {} help."):
+        if system and template == MISTRAL:
+            with pytest.raises(ValueError, match="has no system prompt"):
+                processor.prompt("And?", system=system)
+            continue
+        said = [message("system", system)] if system else []
+        said += [message("user", "How {} many?", 2), message("assistant", "Two {}.")] * (turns > 0)
+        said += [message("user", "Where?"), message("assistant", "Left.")] * (turns > 1)
+        said += [message("user", "And?", 0 if turns else 2)]
+        text = reference.apply_chat_template(said, add_generation_prompt=True)
+        asked = (("How {} many?", "Two {}."), ("Where?", "Left."))[:turns]
+        ids = processor.prompt("And?", 2, asked, system)
+        assert ids.tolist() == reference.tokenizer(text).input_ids
+
+
 def test_padding_and_truncation_in_tokenizer_json_are_left_out(folder):
     expected = Processor(folder).prompt("What is it?").tolist()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
