@@ -1,28 +1,37 @@
 """Asks a LLaVA checkpoint about pictures or a video, with the visual tokens of a budget."""
 
-import warnings
+import sys
+
+from extras import options
 
 if __name__ == "__main__":
+    import os
+    import signal
+    import warnings
+
+    # before torch is imported, which takes seconds: Ctrl-C, --help, and what is wrong
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    options.parse(sys.argv[1:])
+    sys.stdout.reconfigure(errors="backslashreplace")
     # torch warns where NumPy is not installed, Pillow of large pictures; neither is needed here
     warnings.simplefilter("ignore")
 
 import json
-import sys
-import time
 from dataclasses import asdict
 from functools import partial
 
 import torch
 from huggingface_hub.utils import tqdm
 
-from dymu import DyMU
-from extras import options, show, thresholds, video
+from extras import calibrate, chat, show, thresholds, video
 from extras.anyres import positions
-from extras.decoding import prefill_expanded, sampler
-from extras.door import announce_download, choose_device, find, note, one_line
-from extras.report import Report, count_tokens
+from extras.decoding import sampler
+from extras.devices import announce_memory, choose_device
+from extras.door import announce_download, check_writable, find, one_line
+from extras.options import note
+from extras.report import Measured, Report
 from load import load_model, load_processor
-from model import KVCache, as_list
+from model import as_list
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,8 +42,10 @@ def main(argv: list[str] | None = None) -> None:
         if a.calibrate is None:
             answer(a)
         else:
-            thresholds.calibrate_folder(a)
-    except (ValueError, OSError) as e:
+            calibrate.calibrate_folder(a)
+    except BrokenPipeError:  # whoever read the answers has gone
+        options.hang_up()
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         options.fail(one_line(e))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -42,108 +53,77 @@ def main(argv: list[str] | None = None) -> None:
 
 def answer(a) -> None:
     """a: the options"""
-    *inputs, question = a.inputs
+    if a.show:
+        check_writable(a.show)
     device = choose_device(a.device)
 
     # pictures, and videos as lists of frames
-    shown = [video.read_any(one, a.frames) for one in inputs]
+    shown = [video.read_any(one, a.frames) for one in a.pictures]
     if a.temporal is not None and sum(len(as_list(one)) for one in shown) < 2:
         raise ValueError("--temporal needs a video or several pictures")
 
     folder = find(a.model, announce_download)
     processor = load_processor(folder, a.pad)
-    settings = options.settings(a, folder, processor)
-
-    # what is wrong with the prompt is told before a long load
+    settings = thresholds.settings(a, folder, processor)
     pixels = video.see(processor, shown)
-    ids = processor.prompt(question, pixels)
-    config = processor.config
+
+    # what is wrong with the first prompt is told before a long load
+    first, questions = chat.questions(a.question, a.chat)
+    ids = processor.prompt(first, pixels)
     if a.vtu != "off":
+        config = processor.config
         config.check_length(len(ids) - len(pixels) + positions(pixels, config))
 
     progress = partial(tqdm, desc="loading", delay=3, disable=None)
-    llava = load_model(folder, device, a.dtype, progress=progress)
+    llava = load_model(folder, device, a.dtype, announce_memory, progress)
+    encode = partial(video.encode, temporal=a.temporal)
+    new_session = partial(Measured, llava, processor, pixels, expand=a.expand_cache, encode=encode)
 
     several = len(settings) > 1
-    stream = not several and not a.json
-    if several and not a.json:
-        print(f"{' '.join(inputs)}: {question}")
+    if several:  # the times are to be compared: each shape is met once before it is timed
+        for one in settings.values():
+            new_session(one).reply(ids, max_new_tokens=2)
+    sessions = {name: new_session(one) for name, one in settings.items()}
 
-    panels = []
-    for name, one in settings.items():
-        if several:  # the times are to be compared: each shape is met once before it is timed
-            ask(llava, processor, pixels, ids, one, a, max_new_tokens=2)
-        report, visual = ask(llava, processor, pixels, ids, one, a, a.max_new_tokens, stream)
-
-        if a.json:
-            told = {"model": a.model, "tokens": name, "method": a.method, "vtu": a.vtu}
-            print(json.dumps(told | asdict(report)))
-        else:
-            print(report.row(name) if several else report)
-
-        # of the four budgets the input itself shows what full is
-        if a.show and (name != "full" or not several or a.temporal is not None):
-            panels.append((name, visual, report))
-
+    for question in questions:
+        with chat.unless_stopped(a):
+            reports = reply(a, sessions, question)
     if a.show:
+        panels = [(name, sessions[name].visual, report) for name, report in reports.items()]
+        if several and a.temporal is None:  # the input itself shows what full is
+            panels = panels[1:]
         show.save(a.show, processor, shown, pixels, panels, question)
         note(f"wrote {a.show}")
 
 
-def ask(llava, processor, pixels, ids, settings: DyMU, a, max_new_tokens: int, stream=False):
-    """Answers once, and prints the answer as it comes if it is to stream.
+def reply(a, sessions: dict[str, Measured], question: str) -> dict[str, Report]:
+    """Prints the answer with each budget, and what it cost"""
+    several = len(sessions) > 1
+    if several and not a.json:
+        print(f"{' '.join(a.pictures)}: {question}", flush=True)
 
-    a: the options -> its Report, and what `Llava.encode` gave
-    """
-    tokens_per_layer, hooks = count_tokens(llava)
-    new = []  # ids of the answer
-    printed = ""
-    with torch.inference_mode():
-        start = time.perf_counter()
-        visual = video.encode(llava, pixels, settings, a.temporal)
-        where = visual[0][0].device
-        if where.type != "cpu":
-            torch.accelerator.synchronize(where)
-        encoded = time.perf_counter()
+    reports = {}
+    for name, session in sessions.items():
+        ids = session.prompt(question)
+        pick = sampler(a.temperature, a.seed, session.visual[0][0].device)
+        stream = None if several or a.json else partial(print, end="", flush=True)
+        report = session.reply(ids, a.max_new_tokens, pick, stream)
+        reports[name] = report
+        if a.chat:
+            session.turns.append((question, report.answer))
 
-        rows, token_at = llava.splice(ids, visual, settings.vtu)
-        cache = KVCache()
-        pick = sampler(a.temperature, a.seed, rows.device)
-        if a.expand_cache:
-            rows, token_at = prefill_expanded(llava, rows, token_at, cache, settings.queries)
-
-        more = dict(max_new_tokens=max_new_tokens, pick=pick)
-        for id in llava.decode(rows, token_at, cache, settings.queries, **more):
-            if not new:
-                prefilled = time.perf_counter()
-            new.append(id)
-
-            text = processor.decode(new) if stream else ""
-            if text and not text.endswith("\ufffd"):  # else more bytes of a character are to come
-                print(text[len(printed) :], end="", flush=True)
-                printed = text
-        end = time.perf_counter()
-
-    text = processor.decode(new)
-    if stream:
-        print(text[len(printed) :])
-    for hook in hooks:
-        hook.remove()
-
-    report = Report(
-        answer=text,
-        visual_tokens=sum(len(x) for x, _ in visual),
-        virtual_tokens=sum(len(at) for _, at in visual),
-        tokens_per_layer=tokens_per_layer,
-        encoder_s=encoded - start,
-        prefill_s=prefilled - encoded,
-        decode_tokens_per_s=(len(new) - 1) / (end - prefilled),
-        cache_bytes=cache.bytes,
-        device=str(rows.device),
-        dtype=str(rows.dtype).removeprefix("torch."),
-    )
-    return report, visual
+        if a.json:
+            told = {"model": a.model, "tokens": name, "method": a.method, "vtu": a.vtu}
+            told |= {"images": a.pictures, "question": question}
+            print(json.dumps(told | asdict(report)), flush=True)
+        elif several:
+            print(report.row(name), flush=True)
+        else:
+            print(flush=True)
+            print(report, file=sys.stderr, flush=True)
+    return reports
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from extras import families
-from extras.door import choose_device, choose_dtype, find, one_line, read_picture, weight_files
+from extras.devices import check_memory, choose_device, choose_dtype
+from extras.door import find, one_line, read_picture, weight_files
 from model import Llava, LlavaConfig, as_list
 
 # checkpoints of different ages name one tensor differently; every key goes through every row
@@ -45,11 +46,13 @@ def load(path_or_repo_id, device=None, dtype=None, pad: bool = False):
 # ---- weights ----
 
 
-def load_model(folder: Path, device=None, dtype=None, only: str = "", progress=iter) -> Llava:
+def load_model(
+    folder: Path, device=None, dtype=None, announce=None, progress=iter, only: str = ""
+) -> Llava:
     """Builds the model on the meta device and assigns the tensors of the memory-mapped shards.
 
-    So it never exists twice. only: a prefix; tensors whose name does not begin with it stay on the
-    meta device. progress: wraps the names that are read one by one, as tqdm would.
+    So it never exists twice. announce: see `check_memory`; progress: wraps the names that are read
+    one by one, as tqdm would; only: a prefix, other tensors stay on the meta device.
     """
     config = families.read_config(folder)
     device = choose_device(device)
@@ -74,8 +77,12 @@ def load_model(folder: Path, device=None, dtype=None, only: str = "", progress=i
         half = config.dtype != "float32"
     dtype = choose_dtype(dtype, device, half)
 
+    names = [name for name in model.state_dict() if name.startswith(only)]
+    numbers = sum(math.prod(stored[name][2]) for name in names)
+    check_memory(numbers * dtype.itemsize, device, announce)
+
     tensors = {}
-    for name in progress([name for name in model.state_dict() if name.startswith(only)]):
+    for name in progress(names):
         file, key, _, _ = stored[name]
         with safe_open(file, framework="pt") as shard:  # anew, so that what is converted is freed
             tensors[name] = shard.get_tensor(key).to(device, dtype)

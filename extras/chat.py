@@ -5,11 +5,18 @@ next prompt differs from the last: behind the pictures for another question, beh
 for the next turn of a conversation.
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
+from itertools import chain
+
 import torch
 from torch import Tensor
 
 from dymu import DyMU
 from extras.decoding import prefill_expanded
+from extras.door import one_line
+from extras.options import note
 from model import KVCache, Llava
 
 # the system prompt that LLaVA-1.5 was trained and measured with; llava-hf's format leaves it out
@@ -23,16 +30,23 @@ class Session:
     """A model and the pictures that all its prompts are about.
 
     pixels: as `Llava.encode` takes them; expand: read pictures into a cache of all N positions
-    (extras/decoding.py). visual: what `Llava.encode` gave; reused: how many positions of the last
-    prompt were in the cache.
+    (extras/decoding.py); encode: used in the place of `Llava.encode`. visual: what that gave;
+    reused: how many positions of the last prompt were in the cache.
     """
 
     @torch.no_grad()
-    def __init__(self, llava: Llava, pixels, settings: DyMU = DyMU(), expand: bool = False):
+    def __init__(
+        self,
+        llava: Llava,
+        pixels,
+        settings: DyMU = DyMU(),
+        expand: bool = False,
+        encode=Llava.encode,
+    ):
         self.llava = llava
         self.settings = settings
         self.expand = expand
-        self.visual = llava.encode(pixels, settings)
+        self.visual = encode(llava, pixels, settings)
         self.cache = KVCache()
         self.ids = []  # of the last prompt and its answer
         self.reused = 0
@@ -81,3 +95,49 @@ class Session:
         self.cache.rows -= len(cached) - shared
         self.cache.positions -= len(cached) - shared
         return shared
+
+
+# ---- Where questions come from ----
+
+
+def questions(given: str | None, converse: bool) -> tuple[str, Iterator[str]]:
+    """-> the first question, and an iterator over all of them, it too
+
+    given: the one on the command line; without one, or to converse, more are asked for: typed in a
+    terminal, or one on each line of standard input. Raises ValueError if there is none.
+    """
+    if given is not None and not converse:
+        return given, iter([given])
+    asked = typed() if sys.stdin.isatty() else (line.strip() for line in sys.stdin if line.strip())
+    first = given if given is not None else next(asked, None)
+    if first is None:
+        raise ValueError("the question is missing: it stands behind the picture, or in the input")
+    return first, chain([first], asked)
+
+
+def typed() -> Iterator[str]:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input then has history, and keys to edit
+    note("one question a line; Ctrl-C stops an answer, Ctrl-D ends")
+    while True:
+        try:
+            line = input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print()
+            return
+        if line:
+            yield line
+
+
+@contextlib.contextmanager
+def unless_stopped(a):
+    """Where a person asks, what is wrong with a question, or Ctrl-C, is not the end; a: options"""
+    try:
+        yield
+    except (ValueError, KeyboardInterrupt) as e:
+        if not sys.stdin.isatty() or a.question is not None and not a.chat:
+            raise
+        note("stopped" if isinstance(e, KeyboardInterrupt) else one_line(e))

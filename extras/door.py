@@ -1,4 +1,4 @@
-"""The door: files, checkpoints, devices and pictures are found here, or what is wrong is told.
+"""The door: files, checkpoints and pictures are found here, or what is wrong is told.
 
 For who wants to know what happens to bad input. Every complaint is a ValueError of one line that
 says what, where and what to do. Only data is read, never a pickle that could run code.
@@ -7,15 +7,17 @@ says what, where and what to do. Only data is read, never a pickle that could ru
 import contextlib
 import json
 import re
-import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import DryRunError
 from PIL import Image, ImageOps
+
+from extras.options import note
 
 # all that is read of a checkpoint, or downloaded
 FILES = ["*.json", "*.safetensors", "chat_template.jinja"]
@@ -52,18 +54,27 @@ def one_line(e: BaseException) -> str:
     return " ".join(str(e).split()) or type(e).__name__
 
 
-def note(message: str) -> None:
-    """One line for the user, who reads the answer on standard output."""
-    print(f"demo.py: {message}", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def atomically(file: Path):
     """A path to write to, which becomes the file when all is written; else nothing is left."""
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".demo-") as folder:
-        part = Path(folder) / file.name
-        yield part
-        part.replace(file)
+    try:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".demo-") as folder:
+            part = Path(folder) / file.name
+            yield part
+            part.replace(file)
+    except OSError as e:
+        raise ValueError(f"{file} cannot be written: {e.strerror or one_line(e)}") from e
+
+
+def check_writable(file: Path) -> None:
+    """Tells before the work what `atomically` would tell after it."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} cannot be written: it is no file")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent) as part:
+            part.write(bytes(4096))
+    except OSError as e:
+        raise ValueError(f"{file} cannot be written: {e.strerror}") from e
 
 
 def read_picture(picture) -> Image.Image:
@@ -80,7 +91,10 @@ def read_picture(picture) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as e:  # OSError, SyntaxError, ValueError, struct.error and more
-        raise ValueError(f"picture {str(picture)!r} cannot be read: {one_line(e)}") from e
+        why = one_line(e)
+        if str(picture).lower().endswith((".heic", ".heif")) and Path(picture).is_file():
+            why = "Pillow does not read HEIC: save it as a JPEG, for which pillow-heif is one way"
+        raise ValueError(f"picture {str(picture)!r} cannot be read: {why}") from e
 
 
 # ---- checkpoints ----
@@ -100,23 +114,33 @@ def find(path_or_repo_id, announce=None) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise ValueError(f"model {name!r} is neither a folder nor a Hub id (owner/name)")
 
+    get = partial(snapshot_download, name, allow_patterns=FILES)
+    return from_hub(get, f"model {name!r} is no folder, and", announce)
+
+
+def download(repo: str, file: str) -> Path:
+    """One file of a repository on the Hub; its size is told before."""
+    return from_hub(partial(hf_hub_download, repo, file), f"{repo}/{file} is", announce_download)
+
+
+def from_hub(get: Callable, what: str, announce) -> Path:
+    """get(dry_run=True) and get(): what would be downloaded, and where it then is"""
     try:
         if announce is not None:
             with contextlib.suppress(DryRunError):  # no connection: it may be in the cache
-                files = snapshot_download(name, allow_patterns=FILES, dry_run=True)
+                files = get(dry_run=True)
+                files = files if isinstance(files, list) else [files]
                 size = sum(f.file_size for f in files if f.will_download)
                 if size:
                     announce(size, HF_HUB_CACHE)
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(get())
     except Exception as e:  # of many types: no such repository, no network, no right, a full disk
-        why = f"no connection, no such repository or no right to it ({type(e).__name__})"
-        raise ValueError(
-            f"model {name!r} is no folder, and not to be had from the Hub: {why}"
-        ) from e
+        why = f"no connection, no such repository or file, or no right to it ({type(e).__name__})"
+        raise ValueError(f"{what} not to be had from the Hub: {why}") from e
 
 
 def announce_download(size: int, cache: str) -> None:
-    note(f"downloading {size / 1e9:.1f} GB to {cache}")
+    note(f"downloading {size / 1e9:.3g} GB to {cache}")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -135,37 +159,3 @@ def weight_files(folder: Path) -> list[Path]:
             pickles = pickles if list(folder.glob("*.bin")) else ""
             raise ValueError(f"{folder / name} is missing{pickles}")
     return [folder / name for name in names]
-
-
-# ---- devices ----
-
-
-def choose_device(device=None) -> torch.device:
-    """The one asked for, else a GPU if there is one, else the CPU."""
-    if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        there = torch.zeros(1, device=device)
-        there.tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        why = one_line(e).split(". ")[0]
-        raise ValueError(f"device {str(device)!r} cannot be used: {why}") from e
-    return there.device
-
-
-def choose_dtype(dtype, device: torch.device, half: bool) -> torch.dtype:
-    """The one asked for; else float32, or for a half-precision checkpoint what is fast and safe.
-
-    That is bfloat16 where the device computes in it; else float16 on a GPU, float32 on a CPU.
-    """
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        if name not in ("float32", "bfloat16", "float16", "float64"):
-            raise ValueError(f"dtype {name!r} is not one of float32, bfloat16, float16")
-        return getattr(torch, name)
-    if not half:
-        return torch.float32
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if good else torch.float16

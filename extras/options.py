@@ -1,25 +1,27 @@
-"""The command line's options: what they are, what can be wrong with them, what they ask for."""
+"""The command line's options: what they are, and what can be wrong with them.
+
+torch is not imported here: --help, and what is wrong, are told at once.
+"""
 
 import argparse
 import math
 import os
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from dymu import DyMU
-from extras.door import note
-from extras.sampled import spread
-from extras.thresholds import BUDGETS, merges, read_thresholds
 
 EXAMPLES = """examples:
   python demo.py photo.jpg "What is on the table?"                  all tokens: the plain model
   python demo.py photo.jpg "What is on the table?" --tokens low     16 % of them on average
-  python demo.py photo.jpg "What is on the table?" --tokens low --vtu off    no virtual unmerging
+  python demo.py photo.jpg --tokens low                             asks for questions
   python demo.py before.jpg after.jpg "What changed?"                several pictures
   python demo.py clip.gif "What happens?" --frames 8                a video
   python demo.py --calibrate photos/ --model my-llava               low, mid, high for another model
 """
+
+# what --calibrate goes by, the last two alone
+CALIBRATION = ("calibrate", "model", "pad", "device", "dtype", "threads", "save", "enough")
 
 # what is shown without arguments
 SAMPLE = Path(__file__).parent.with_name("tiny") / "sample.png"
@@ -27,9 +29,30 @@ SHOWCASE = ["what is in the image from left to right?", "--model", "tiny"]
 SHOWCASE += ["--tokens", "all", "--show", "merged.png"]
 
 
+def note(message: str) -> None:
+    """One line for the user, who reads the answer on standard output."""
+    print(f"demo.py: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message: str) -> None:
     note(message)
     sys.exit(2)
+
+
+def hang_up() -> None:
+    """Ends as other commands do whose output is no longer read."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed
+    sys.exit(141)
+
+
+def versions() -> str:
+    told = []
+    for package in ("dymu", "torch"):
+        try:
+            told.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            told.append(f"{package} is not installed")
+    return ", ".join(told)
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,7 +105,7 @@ def png(text: str) -> Path:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Ends with one line and exit status 2 for what is wrong."""
     p = Parser(
-        usage="demo.py IMAGE ... QUESTION [options] | demo.py --calibrate FOLDER [options]",
+        usage="demo.py IMAGE ... [QUESTION] [options] | demo.py --calibrate FOLDER [options]",
         description="Asks a LLaVA checkpoint about pictures or a video, with fewer visual tokens.",
         epilog=EXAMPLES,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
@@ -90,7 +113,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ),
     )
     add = p.add_argument
-    inputs = "pictures and videos (a GIF, a folder of frames, a film), then the question"
+    inputs = "pictures, videos (a GIF, a folder of frames, a film); without a question it asks"
     add("inputs", nargs="*", metavar="IMAGE ... QUESTION", help=inputs)
     where = "Hub id or folder (%(default)s)"
     add("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help=where)
@@ -98,6 +121,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tokens", default="full", metavar="T", help=budget)
     queries = "queries per token: all (default), 1, 2, ...; off: no VTU"
     add("--vtu", type=vtu, default="all", metavar="Q", help=queries)
+    converse = "go on asking: each question after the answers before it"
+    add("--chat", action="store_true", help=converse)
     evenly = "of a video, evenly spread (%(default)s)"
     add("--frames", type=number(int, 1), default=8, metavar="N", help=evenly)
     joins = "join what is more alike than this to the frame before"
@@ -126,41 +151,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--calibrate", metavar="FOLDER", help="find low, mid and high on its pictures")
     beside = "of --calibrate (default: thresholds.json beside the checkpoint)"
     add("--save", type=writable, metavar="FILE", help=beside)
-    a = p.parse_intermixed_args(argv or [os.path.relpath(SAMPLE), *SHOWCASE])
+    add("--enough", action="store_true", help="of --calibrate: stop where thresholds have settled")
+    add("--version", action="version", version=versions())
 
+    argv = argv or [os.path.relpath(SAMPLE), *SHOWCASE]
+    end = argv.index("--") if "--" in argv else len(argv)
+    a = p.parse_intermixed_args(argv[:end])
+    a.inputs += argv[end + 1 :]
+    given = {name for name, value in vars(a).items() if value != p.get_default(name)}
+    check(a, given - {"inputs"})
+    return a
+
+
+def check(a: argparse.Namespace, given: set[str]) -> None:
+    """Sets a.pictures and a.question (None: it is to be asked for) from a.inputs.
+
+    given: the options that are not as they are by default
+    """
     if a.calibrate is not None and a.inputs:
         fail("--calibrate takes a folder alone")
     if a.calibrate is not None and not Path(a.calibrate).is_dir():
         fail(f"{a.calibrate} is not a folder")
-    if a.calibrate is None and len(a.inputs) < 2:
-        fail("IMAGE and QUESTION are needed, or --calibrate FOLDER; --help shows examples")
-    if a.inputs and os.path.isfile(a.inputs[-1]):
-        fail(f"the question is missing: {a.inputs[-1]!r}, in its place, is a file")
-    return a
+    wrong = given - set(CALIBRATION) if a.calibrate is not None else given & set(CALIBRATION[-2:])
+    for name in sorted(wrong):
+        option = f"--{name.replace('_', '-')}"
+        fail(f"{option} goes {'not ' if a.calibrate is not None else ''}with --calibrate")
+    if a.calibrate is not None:
+        return
 
-
-def settings(a: argparse.Namespace, folder: Path, processor) -> dict[str, DyMU]:
-    """What --tokens, --method and --vtu ask for, by budget: with --tokens all, of all four.
-
-    Raises ValueError where there are no thresholds.
-    """
-    decoder = {"vtu": a.vtu != "off", "queries": None}
-    if a.vtu.isdecimal():
-        decoder["queries"] = spread(int(a.vtu))
-
-    found = {}
-    for name in ("full", "high", "mid", "low") if a.tokens == "all" else (a.tokens,):
-        if name == "full":
-            found[name] = DyMU(**decoder)
-        elif a.method == "tome" and name in BUDGETS:
-            found[name] = DyMU(r=merges(name, processor.config), **decoder)
-        elif a.method == "tome":
-            raise ValueError("--method tome takes --tokens full, low, mid, high or all")
-        else:
-            thresholds, provenance = read_thresholds(name, folder, processor.config)
-            found_with = provenance.get("preprocessing")
-            ours = "pad" if processor.pad else "crop"
-            if found_with not in (None, ours):
-                note(f"note: thresholds found with preprocessing {found_with!r}, not {ours!r}")
-            found[name] = DyMU(thresholds=thresholds, **decoder)
-    return found
+    if not a.inputs:
+        fail("IMAGE and QUESTION are needed, or IMAGE alone, to be asked; --help shows examples")
+    asked = len(a.inputs) > 1 and not os.path.exists(a.inputs[-1])
+    a.pictures = a.inputs[:-1] if asked else a.inputs
+    a.question = a.inputs[-1] if asked else None
+    for name in a.pictures:
+        if not name.strip():
+            fail("the name of a picture is empty")
+        if re.match(r"\w+://", name):
+            fail(f"{name} is a URL: save what is there as a file, files are what is read")
+    if a.show and (a.chat or not asked):
+        fail("--show needs one question")

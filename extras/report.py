@@ -1,8 +1,13 @@
 """What an answer cost: for the line of figures, and for --json."""
 
+import time
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
+from dymu import DyMU
+from extras.chat import Session
 from model import Llava
 
 
@@ -14,7 +19,8 @@ class Report:
     visual_tokens: int
     virtual_tokens: int
     tokens_per_layer: list[int]  # visual tokens after the merge of each encoder layer
-    encoder_s: float
+    reused: int  # positions of the prompt that an earlier question had read
+    encoder_s: float  # 0 where an earlier question had the pictures encoded
     prefill_s: float
     decode_tokens_per_s: float
     cache_bytes: int
@@ -22,9 +28,10 @@ class Report:
     dtype: str
 
     def __str__(self):
+        reused = f"{self.reused} positions reused, " if self.reused else ""
         return (
             f"visual tokens {self.virtual_tokens} -> {self.visual_tokens} "
-            f"({100 * self.visual_tokens / self.virtual_tokens:.0f} %), "
+            f"({100 * self.visual_tokens / self.virtual_tokens:.0f} %), {reused}"
             f"encoder {self.encoder_s:.2f} s, prefill {self.prefill_s:.2f} s, "
             f"{self.decode_tokens_per_s:.1f} tokens/s, cache {self.cache_bytes / 2**20:.3g} MiB"
         )
@@ -33,6 +40,73 @@ class Report:
         counts = f"{self.visual_tokens:4} of {self.virtual_tokens} tokens"
         times = f"encoder {1000 * self.encoder_s:4.0f} ms, prefill {1000 * self.prefill_s:4.0f} ms"
         return f"{name:>6} {counts}, {times}: {' '.join(self.answer.split())}"
+
+
+class Measured(Session):
+    """A session that answers in text and says what it cost.
+
+    turns: (question, answer) of the conversation so far; options: as in `Session`
+    """
+
+    def __init__(self, llava: Llava, processor, pixels, settings: DyMU = DyMU(), **options):
+        self.processor = processor
+        self.pixels = pixels
+        self.turns = []
+        self.tokens_per_layer, hooks = count_tokens(llava)
+        start = time.perf_counter()
+        super().__init__(llava, pixels, settings, **options)
+        where = llava.language_model.embed_tokens.weight.device
+        if where.type != "cpu":
+            torch.accelerator.synchronize(where)
+        self.encoder_s = time.perf_counter() - start
+        for hook in hooks:
+            hook.remove()
+
+    def prompt(self, question: str, system: str = "") -> torch.Tensor:
+        return self.processor.prompt(question, self.pixels, self.turns, system)
+
+    def reply(self, ids, max_new_tokens: int = 128, pick=torch.argmax, stream=None) -> Report:
+        """The answer to ids (T,); stream, if there is one, is called with each new piece of it.
+
+        Ctrl-C ends it where it is, but not before the first piece.
+        """
+        encoder_s = 0.0 if self.ids else self.encoder_s
+        new = []
+        streamed = ""
+        start = time.perf_counter()
+        try:
+            for id in self.ask(ids, max_new_tokens, pick=pick):
+                if not new:
+                    prefilled = time.perf_counter()
+                new.append(id)
+                text = self.processor.decode(new).strip() if stream else ""
+                if text and not text.endswith(
+                    "\ufffd"
+                ):  # else more bytes of a character are to come
+                    stream(text[len(streamed) :])
+                    streamed = text
+        except KeyboardInterrupt:
+            if not new:
+                raise
+        end = time.perf_counter()
+
+        text = self.processor.decode(new).strip()
+        if stream:
+            stream(text[len(streamed) :])
+        rows = self.visual[0][0]
+        return Report(
+            answer=text,
+            visual_tokens=sum(len(x) for x, _ in self.visual),
+            virtual_tokens=sum(len(at) for _, at in self.visual),
+            tokens_per_layer=self.tokens_per_layer,
+            reused=self.reused,
+            encoder_s=encoder_s,
+            prefill_s=prefilled - start,
+            decode_tokens_per_s=(len(new) - 1) / (end - prefilled),
+            cache_bytes=self.cache.bytes,
+            device=str(rows.device),
+            dtype=str(rows.dtype).removeprefix("torch."),
+        )
 
 
 def count_tokens(llava: Llava) -> tuple[list[int], list]:

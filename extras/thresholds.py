@@ -1,44 +1,31 @@
-"""Where thresholds come from: schedules (Appendix B), Eq. 4, files, calibration on a folder.
+"""Where thresholds come from: schedules (Appendix B), Eq. 4, and the files that hold them.
 
 For who needs low, mid and high for another vision tower, or another similarity.
 """
 
-import datetime
-import os
 import re
-import statistics
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from huggingface_hub.utils import tqdm
+from huggingface_hub import cached_assets_path
 
 from dymu import DyMU, Seen, match, merge, similar_keys, size_bias
-from extras.anyres import Picture
-from extras.door import (
-    announce_download,
-    atomically,
-    choose_device,
-    dump,
-    find,
-    note,
-    one_line,
-    read_json,
-)
+from extras.door import atomically, download, dump, one_line, read_json
 from extras.families import section
-from extras.video import picture_files
-from load import load_model, load_processor
+from extras.options import note
+from extras.sampled import spread
 from model import LlavaConfig, VisionTower, check_layers
 
 # the share of the N tokens that is left, on average over pictures
 BUDGETS = {"low": 93 / 576, "mid": 208 / 576, "high": 392 / 576}
 
-BATCH = 64  # pictures that share one ranking of their pairs
+# checkpoints of the authors, and a file of thresholds in a repository on the Hub
+PICKLES = (".pth", ".pt", ".bin")
+ON_THE_HUB = r"([\w-][\w.-]*/[\w.-]+)/(.+\.(?:json|pth|pt|bin))"
 
 # ---- Appendix B and Eq. 4 ----
 
@@ -145,21 +132,48 @@ def thresholds_of(
 # ---- Files ----
 
 
+def settings(a: Namespace, folder: Path, processor) -> dict[str, DyMU]:
+    """What --tokens, --method and --vtu ask for, by budget: with --tokens all, of all four.
+
+    a: the options. Raises ValueError where there are no thresholds.
+    """
+    decoder = {"vtu": a.vtu != "off", "queries": None}
+    if a.vtu.isdecimal():
+        decoder["queries"] = spread(int(a.vtu))
+
+    found = {}
+    preprocessing = set()
+    for name in ("full", "high", "mid", "low") if a.tokens == "all" else (a.tokens,):
+        if name == "full":
+            found[name] = DyMU(**decoder)
+        elif a.method == "tome" and name in BUDGETS:
+            found[name] = DyMU(r=merges(name, processor.config), **decoder)
+        elif a.method == "tome":
+            raise ValueError("--method tome takes --tokens full, low, mid, high or all")
+        else:
+            thresholds, provenance = read_thresholds(name, folder, processor.config)
+            preprocessing.add(provenance.get("preprocessing"))
+            found[name] = DyMU(thresholds=thresholds, **decoder)
+
+    ours = "pad" if processor.pad else "crop"
+    for other in preprocessing - {None, ours}:
+        note(f"note: thresholds found with preprocessing {other!r}, not {ours!r}")
+    return found
+
+
 def read_thresholds(
     spec: str, folder: Path, config: LlavaConfig, similarity: Callable = similar_keys
 ) -> tuple[tuple[float, ...], dict]:
     """The tau_i that spec names, and the provenance that came with them.
 
     spec: low, mid or high, looked for in the checkpoint's folder, then among those shipped for its
-    vision tower; or a file: a JSON list, one that `demo.py --calibrate` wrote (FILE:mid, FILE:high
-    name another budget than low), or a checkpoint of the authors (.pth), of which the thresholds
-    alone are read. Raises ValueError for thresholds that were found with another similarity.
+    vision tower; or a file, or OWNER/REPO/FILE on the Hub: a JSON list, one that `demo.py
+    --calibrate` wrote (FILE:mid, FILE:high name another budget than low), or a checkpoint of the
+    authors (.pth), of which the thresholds alone are read. Raises ValueError for thresholds that
+    were found with another similarity.
     """
     file, budget = find_file(spec, folder, config)
-    if file.suffix in (".pth", ".pt", ".bin"):
-        data = read_pth(file)
-    else:
-        data = read_json(file, (dict, list))
+    data = read_pth(file) if file.suffix in PICKLES else read_json(file, (dict, list))
     if isinstance(data, list):
         data = {"thresholds": data}
 
@@ -186,27 +200,49 @@ def read_thresholds(
 
 def find_file(spec: str, folder: Path, config: LlavaConfig) -> tuple[Path, str]:
     """Where spec's thresholds are, and under which budget if spec says so"""
-    if spec not in BUDGETS:
-        name, _, budget = spec.rpartition(":")
-        if budget not in BUDGETS:
-            name, budget = spec, ""
-        if not Path(name).is_file():
-            known = "none of full, high, mid, low and all"
-            raise ValueError(f"--tokens {spec!r} is {known}, and not a file")
-        return Path(name), budget
+    if spec in BUDGETS:
+        return known_file(spec, folder, config), spec
 
+    name, _, budget = spec.rpartition(":")
+    if budget not in BUDGETS:
+        name, budget = spec, ""
+    if Path(name).is_file():
+        return Path(name), budget
+    if there := re.fullmatch(ON_THE_HUB, name):
+        return hub_file(there[1], there[2]), budget
+    known = "none of full, high, mid, low and all"
+    raise ValueError(f"--tokens {spec!r} is {known}, and not a file, here or on the Hub")
+
+
+def known_file(budget: str, folder: Path, config: LlavaConfig) -> Path:
     tower = asdict(config.vision_config)
     shipped = sorted((Path(__file__).parent.parent / "thresholds").glob("*.json"))
     for file in (folder / "thresholds.json", *shipped):
         data = read_json(file)
         of = section(data, "tower")
-        if spec in data and all(tower.get(name) == value for name, value in of.items()):
-            return file, spec
+        if budget in data and all(tower.get(name) == value for name, value in of.items()):
+            return file
 
-    command = f"python demo.py --calibrate IMAGES_FOLDER --model {folder}"
     raise ValueError(
-        f"no {spec!r} thresholds are known for this vision tower; this finds them: {command}"
+        f"no {budget!r} thresholds are known for this vision tower; thresholds/README.md names the "
+        "authors' files for --tokens OWNER/REPO/FILE, and this finds them, and says how long it "
+        f"takes: python demo.py --calibrate IMAGES_FOLDER --model {folder}"
     )
+
+
+def hub_file(repo: str, name: str) -> Path:
+    """A file on the Hub, in the cache. Of a .pth the thresholds are kept there as a file of ours.
+
+    So the next run reads no gigabyte.
+    """
+    if not name.endswith(PICKLES):
+        return download(repo, name)
+    kept = Path(cached_assets_path("dymu", repo)) / f"{Path(name).name}.json"
+    if not kept.is_file():
+        told = {"model": f"{repo}/{name}", "thresholds": read_pth(download(repo, name))}
+        with atomically(kept) as part:
+            part.write_text(dump(told, depth=1) + "\n")
+    return kept
 
 
 def read_pth(file: Path) -> list[float]:
@@ -232,145 +268,3 @@ def name_of(similarity: Callable) -> str:
 
 def is_number(value, most: float) -> bool:
     return type(value) in (int, float) and -most <= value <= most
-
-
-# ---- Calibration ----
-
-
-def process() -> tuple[int, int]:
-    """Which of torchrun's processes this is, of how many; without it the first of one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(one) -> list:
-    """What every process gives, in their order."""
-    everyone = [one] * process()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, one)
-    return everyone
-
-
-def read_ahead(read: Callable, files: list[Path], what: str) -> Iterator:
-    """read(file) for each file, in order, by threads in the background, with a bar."""
-    bar = tqdm(total=len(files), desc=what, disable=True if process()[0] else None)
-    with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        waiting = deque()
-        for file in files:
-            waiting.append(pool.submit(read, file))
-            if len(waiting) == 16:
-                yield waiting.popleft().result()
-                bar.update()
-        while waiting:
-            yield waiting.popleft().result()
-            bar.update()
-
-
-def unreadable(read: Callable, files: list[Path]) -> dict[Path, str]:
-    """file -> what is wrong with it.
-
-    Found first, so that batches hold the same pictures however many processes run.
-    """
-
-    def check(file):
-        try:
-            read(file)
-        except ValueError as e:
-            return file, str(e)
-
-    rank, world = process()
-    found = [bad for bad in read_ahead(check, files[rank::world], "reading") if bad]
-    return dict(bad for part in gather(found) for bad in part)
-
-
-def calibrate(
-    tower: VisionTower,
-    read: Callable,
-    files: list[Path],
-    config: LlavaConfig,
-    settings: DyMU = DyMU(),
-    floor: float = 0.0,
-) -> Iterator[tuple[str, dict]]:
-    """Eq. 4 for each budget over pictures: its name, and what a file of thresholds says of it.
-
-    read(file) -> pixels (3, H, W). settings, floor: as in `find_thresholds`. Under torchrun each
-    process takes every K-th batch, and all yield the same.
-    """
-    rank, world = process()
-    mine = [file for i, file in enumerate(files) if i // BATCH % world == rank]
-    for budget in BUDGETS:
-        r = merges(budget, config)
-        batches = -(-len(mine) // BATCH)
-        found = (0.0,) * config.vision_layers
-        if mine or not files:
-            pictures = read_ahead(read, mine, f"{budget}, ranking")
-            found = find_thresholds(tower, pictures, r, BATCH, settings, floor)
-
-        parts = gather((batches, found))
-        total = sum(n for n, _ in parts)
-        thresholds = [sum(n * taus[i] for n, taus in parts) / total for i in range(len(found))]
-
-        merging = DyMU(thresholds=tuple(thresholds), similarity=settings.similarity)
-        with torch.inference_mode():
-            pictures = read_ahead(read, mine, f"{budget}, counting")
-            counts = [len(tower(pixels, merging)[0]) for pixels in pictures]
-        counts = [n for part in gather(counts) for n in part]
-        yield (
-            budget,
-            {
-                "images": len(counts),
-                "tokens_mean": statistics.fmean(counts),
-                "tokens_std": statistics.pstdev(counts),
-                "r": r,
-                "thresholds": thresholds,
-            },
-        )
-
-
-def calibrate_folder(a) -> None:
-    """The command `demo.py --calibrate`; a: its options"""
-    device = choose_device(a.device)
-    folder = find(a.model, announce_download)
-    processor = load_processor(folder, a.pad)
-    save = Path(a.save or folder / "thresholds.json")
-    files = sorted(picture_files(Path(a.calibrate)))
-
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    llava = load_model(folder, device, a.dtype or "float32", only="vision_tower.")
-    order = {file: i for i, file in enumerate(files)}
-
-    def read(file):
-        pixels = processor.image(file)
-        if isinstance(pixels, Picture):  # the whole or one of the tiles, in turn
-            return pixels.crops[order[file] % len(pixels.crops)]
-        return pixels
-
-    skipped = unreadable(read, files)
-    files = [file for file in files if file not in skipped]
-    config = llava.config
-    found = {
-        "model": a.model,
-        "similarity": name_of(similar_keys),
-        "preprocessing": "pad" if processor.pad else "crop",
-        "schedule": "constant",
-        "date": datetime.date.today().isoformat(),
-        "batch_size": BATCH,
-        "tower": asdict(config.vision_config),
-    }
-    for budget, one in calibrate(llava.vision_tower, read, files, config):
-        found[budget] = one
-        if process()[0] == 0:
-            mean = f"{one['tokens_mean']:.1f} +- {one['tokens_std']:.1f}"
-            print(f"{budget}: {mean} of {config.visual_tokens} tokens")
-
-    if process()[0] == 0:
-        for why in skipped.values():
-            note(f"skipped: {why}")
-        with atomically(save) as part:
-            part.write_text(dump(found, depth=1) + "\n")
-        print(f"wrote {save}; {len(skipped)} pictures skipped")
-    if dist.is_initialized():
-        dist.destroy_process_group()

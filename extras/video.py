@@ -21,10 +21,12 @@ from dymu import DyMU, average, cosine
 from extras import anyres
 from extras.door import one_line, read_picture
 from extras.families import supported
+from extras.options import note
 from load import pad_to_square
 from model import as_list
 
-FILMS = (".mp4", ".mov", ".m4v", ".mkv", ".avi", ".webm")
+FILMS = (".mp4", ".mov", ".m4v", ".mkv", ".avi", ".webm", ".wmv", ".3gp", ".mpg", ".mpeg", ".flv")
+FILMS += (".ogv", ".mts", ".m2ts")
 
 # ---- LLaVA-OneVision ----
 
@@ -170,7 +172,15 @@ def encode(llava, pixels, settings: DyMU, temporal: float | None):
 
 def read_any(path: str, frames: int) -> Image.Image | list[Image.Image]:
     """A picture, or as many frames of a video"""
-    return read_frames(path, frames) if is_video(path) else read_picture(path)
+    if is_video(path):
+        return read_frames(path, frames)
+    picture = read_picture(path)
+    with Image.open(path) as file:
+        if file.mode.startswith("I"):  # as in transformers, what is above 255 is white
+            note(
+                f"note: {path} has 16 bits of grey, of which a model sees 8: convert it to 8 first"
+            )
+    return picture
 
 
 def several_pictures(shown: list) -> bool:

@@ -42,7 +42,8 @@ from PIL import Image
 import dymu
 from dymu import DyMU, attention, rotate, vtu_attention
 from extras.decoding import prefill_expanded
-from extras.door import choose_device, choose_dtype, one_line, read_json
+from extras.devices import choose_device, choose_dtype
+from extras.door import one_line, read_json
 from extras.sampled import spread as queries
 from extras.thresholds import merges
 from lab.tables import head, line, save

@@ -3,12 +3,15 @@
 Bad input gives one line and exit status 2.
 """
 
+import io
 import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,9 +23,10 @@ from test_load import edit, picture
 
 import demo
 from dymu import DyMU
-from extras import show, video
+from extras import calibrate, devices, show, video
 from extras.anyres import positions
 from extras.sampled import spread
+from extras.thresholds import read_thresholds
 from extras.video import read_frames
 from load import load, load_processor
 from model import Llava
@@ -67,9 +71,8 @@ def test_it_answers_streams_and_reports(run, saved, photo):
         r"visual tokens 16 -> 16 \(100 %\), encoder \S+ s, prefill \S+ s, "
         r"\S+ tokens/s, cache \S+ MiB"
     )
-    assert (status, err) == (0, "")
-    assert out.startswith(answer + "\n")
-    assert re.fullmatch(report, out.removeprefix(answer + "\n").strip())
+    assert (status, out) == (0, answer.strip() + "\n")
+    assert re.fullmatch(report, err.strip())
 
 
 @pytest.mark.parametrize(
@@ -98,9 +101,9 @@ def test_json_reports_what_the_options_ask_for(run, folder, photo, options, sett
     pixels, ids = processor.image(photo), processor.prompt(QUESTION)
     x, token_at = llava.vision_tower(pixels, settings)
     assert report["visual_tokens"] == len(x) and report["virtual_tokens"] == len(token_at) == 16
-    assert report["answer"] == processor.decode(
-        llava.generate(ids, pixels, settings, max_new_tokens=6)
-    )
+    answer = processor.decode(llava.generate(ids, pixels, settings, max_new_tokens=6))
+    assert report["answer"] == answer.strip()
+    assert (report["images"], report["question"]) == ([str(photo)], QUESTION)
     assert len(report["tokens_per_layer"]) == 3 and report["tokens_per_layer"][-1] == len(x)
     assert report["cache_bytes"] % (3 * 2 * 2 * 16 * 4) == 0
     assert (report["device"], report["dtype"], report["model"]) == ("cpu", "float32", str(folder))
@@ -206,7 +209,7 @@ def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
 
 
 def test_calibration_over_two_processes_gives_the_same(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("extras.thresholds.BATCH", 2)
+    monkeypatch.setattr("extras.calibrate.BATCH", 2)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(7):
@@ -214,7 +217,7 @@ def test_calibration_over_two_processes_gives_the_same(run, folder, tmp_path, mo
     (pictures / "3.png").write_bytes(b"broken")
     assert run("--calibrate", pictures, "--model", folder, "--device", "cpu")[0] == 0
     alone = json.loads((folder / "thresholds.json").read_text())
-    script = "import sys, demo; from extras import thresholds; thresholds.BATCH = 2; "
+    script = "import sys, demo; from extras import calibrate; calibrate.BATCH = 2; "
     script += f"demo.main({['--calibrate', str(pictures)]} + sys.argv[1:])"
     (tmp_path / "two.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
@@ -369,7 +372,7 @@ def test_calibration_takes_the_crops_of_anyres_pictures_in_turn(
         picture("RGB", (112, 112 + i)).save(tmp_path / "pictures" / f"{i}.png")
     seen = []
     monkeypatch.setattr(
-        "extras.thresholds.find_thresholds",
+        "extras.calibrate.find_thresholds",
         lambda tower, images, *_: seen.append(list(images)) or (1.0,) * 3,
     )
     assert run("--calibrate", tmp_path / "pictures", "--model", families / "llava_next")[0] == 0
@@ -425,6 +428,207 @@ def test_the_script_by_itself_prints_no_warnings(saved, photo, tmp_path):
     command += ["--model", saved, "--tokens", tmp_path / "junk.pth"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert_one_line((done.returncode, done.stdout, done.stderr), "plain tensors")
+
+
+# ---- several questions, and the ways in which a command ends ----
+
+
+def script(*argv, **options):
+    command = [sys.executable, "demo.py", *map(str, argv)]
+    options = dict(cwd=REPOSITORY, capture_output=True, text=True) | options
+    return subprocess.run(command, **options)
+
+
+TINY = ("tiny/sample.png", "--model", "tiny", "--device", "cpu", "--tokens", "low")
+ASKED = ["what number is written?", "how many things are there?", "what word is written?"]
+
+
+@pytest.mark.parametrize("options", [[], ["--vtu", "1"], ["--vtu", "off"], ["--expand-cache"]])
+def test_questions_from_a_pipe_are_answered_as_alone(run, monkeypatch, options):
+    alone = [json.loads(run(TINY[0], q, *TINY[1:], "--json", *options)[1]) for q in ASKED]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([ASKED[0], "", *ASKED[1:]])))
+    status, out, err = run(*TINY, "--json", *options)
+    reports = [json.loads(line) for line in out.splitlines()]
+    assert (status, err) == (0, "")
+    assert [r["question"] for r in reports] == ASKED
+    assert [r["answer"] for r in reports] == [r["answer"] for r in alone]
+    assert [r["encoder_s"] > 0 for r in reports] == [True, False, False]
+    assert reports[0]["reused"] == 0 < reports[1]["reused"]
+    assert len({tuple(r["tokens_per_layer"]) for r in reports + alone}) == 1
+
+
+def test_a_conversation_is_one_long_prompt(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ASKED[1:])))
+    status, out, err = run(TINY[0], ASKED[0], *TINY[1:], "--chat")
+    llava, processor = load("tiny", "cpu")
+    taus, _ = read_thresholds("low", processor.folder, processor.config)
+    pixels = processor.image(TINY[0])
+    turns = []
+    for question in ASKED:
+        ids = processor.prompt(question, pixels, turns)
+        answer = processor.decode(llava.generate(ids, pixels, DyMU(thresholds=taus))).strip()
+        turns.append((question, answer))
+    assert (status, out.splitlines()) == (0, [answer for _, answer in turns])
+    assert err.count("positions reused, encoder 0.00 s") == 2
+
+
+def test_budgets_side_by_side_for_each_question(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ASKED[:2])))
+    _, out, _ = run(*TINY[:-1], "all")
+    assert [line.split()[0] for line in out.splitlines()] == [
+        *("tiny/sample.png:", "full", "high", "mid", "low") * 2
+    ]
+
+
+def test_no_question_at_all(run, monkeypatch):
+    monkeypatch.setattr(demo, "load_model", None)  # it is said before a long load
+    for text in ("", "\n \n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert_one_line(run(*TINY), "the question is missing")
+
+
+def test_in_a_terminal_one_may_be_stopped_be_wrong_and_go_on(run, monkeypatch):
+    class Terminal:
+        def isatty(self):
+            return True
+
+    said = ["what is <image>?", KeyboardInterrupt, "stop this", "  ", ASKED[1], EOFError]
+
+    def typed(prompt):
+        one = said.pop(0)
+        if isinstance(one, type):
+            raise one
+        return one
+
+    decode = Llava.decode
+    stopped_at = []
+
+    def decode_or_stop(self, *args, **options):
+        for n, id in enumerate(decode(self, *args, **options)):
+            if len(said) == 3 and n == len(stopped_at):  # before the first piece, or after it
+                stopped_at.append(n)
+                raise KeyboardInterrupt
+            yield id
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(Llava, "decode", decode_or_stop)
+    said.insert(0, ASKED[0])
+    said.insert(3, "stop it at once")
+    status, out, err = run(*TINY)
+    alone = [run(TINY[0], q, *TINY[1:])[1] for q in (ASKED[0], ASKED[1])]
+    assert status == 0 and said == []
+    assert out.startswith(alone[0]) and out.endswith(alone[1] + "\n")
+    assert "must not hold the image placeholder" in err and "demo.py: stopped" in err
+
+
+def test_inputs_behind_two_dashes_and_names_that_are_not_ascii(run, tmp_path, monkeypatch):
+    picture("RGB", (60, 60)).save(tmp_path / "-dash.jpg")
+    picture("RGB", (60, 60)).save(tmp_path / "bild ß.jpg")
+    monkeypatch.chdir(tmp_path)
+    argv = ("--model", "tiny", "--max-new-tokens", 2, "--json")
+    assert run(*argv, "--", "-dash.jpg", "what?")[0] == 0
+    name = tmp_path / "bild ß.jpg"
+    done = script(
+        name, "what?", *argv[:-1], "--tokens", "all", env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0 and "bild \\xdf.jpg: what?" in done.stdout
+
+
+def test_version_and_help_do_without_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for argv, expected in ((["--version"], "dymu "), (["--help"], "examples:")):
+        done = script(*argv, env=environment)
+        assert done.returncode == 0 and expected in done.stdout
+    assert "--frobnicate" in script("a.png", "what?", "--frobnicate", env=environment).stderr
+
+
+@pytest.mark.parametrize("after", [0.3, 1.0])
+def test_an_interrupt_is_silent(after):
+    command = [sys.executable, "demo.py", *TINY, "--max-new-tokens", "100000"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=-1, stderr=-1, text=True
+    )
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "")
+    assert process.returncode == 130
+
+
+def test_a_reader_who_goes_away_hears_nothing():
+    head = f"{sys.executable} demo.py {' '.join(TINY[:-1])} all --json 2>&1 >&3 | cat >&2"
+    command = f"{{ yes '{ASKED[0]}' | {head}; }} 3>&1 | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert json.loads(done.stdout)["tokens"] == "full" and done.stderr == ""
+
+
+def test_what_cannot_be_written_is_told_before_the_work(run, folder, photo, tmp_path, monkeypatch):
+    def denied(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)  # a mode of 555 does not stop root
+    monkeypatch.setattr(demo, "load_model", None)
+    monkeypatch.setattr(calibrate, "load_model", None)
+    target = tmp_path / "a.png"
+    assert_one_line(
+        run(photo, QUESTION, "--model", folder, "--show", target),
+        f"{target} cannot be written: Permission denied",
+    )
+    assert_one_line(
+        run("--calibrate", tmp_path, "--model", folder),
+        f"{folder}/thresholds.json cannot be written: Permission denied",
+    )
+
+
+def test_overwriting_thresholds_beside_the_checkpoint_is_noted(run, folder, tmp_path):
+    (folder / "thresholds.json").write_text("{}")
+    status, _, err = run("--calibrate", tmp_path, "--model", folder)
+    assert status == 2 and "thresholds.json will be overwritten; --save FILE" in err
+    assert (folder / "thresholds.json").read_text() == "{}"  # there were no pictures
+
+
+def test_thresholds_that_cannot_be_written_after_all_are_printed(
+    run, folder, tmp_path, monkeypatch
+):
+    (tmp_path / "pictures").mkdir()
+    picture("RGB", (60, 60)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "film.mp4").write_text("")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    target = tmp_path / "t.json"
+    argv = ("--calibrate", tmp_path / "pictures", "--model", folder, "--save", target)
+    status, out, err = run(*argv)
+    assert status == 2 and f"{target} cannot be written: No space left on device" in err
+    assert len(json.loads(out[out.index("{") :])["low"]["thresholds"]) == 3
+    assert "1 files that are no pictures were passed over" in err
+    assert "1 pictures are few" in err
+
+
+def test_a_16_bit_grey_picture_is_noted(run, saved, tmp_path):
+    Image.new("I;16", (60, 60), 30000).save(tmp_path / "grey.png")
+    argv = (QUESTION, "--model", saved, "--max-new-tokens", 2)
+    assert "has 16 bits of grey" in run(tmp_path / "grey.png", *argv)[2]
+
+
+def test_one_note_for_all_budgets(run, folder, photo):
+    budgets = {name: {"thresholds": [0.5] * 3} for name in ("low", "mid", "high")}
+    (folder / "thresholds.json").write_text(json.dumps(budgets | {"preprocessing": "crop"}))
+    argv = (photo, QUESTION, "--model", folder, "--tokens", "all", "--pad", "--max-new-tokens", 2)
+    assert run(*argv)[2].count("note: thresholds found with preprocessing") == 1
+
+
+def test_memory_is_told_and_refused_only_if_it_cannot_fit(run, saved, photo, monkeypatch):
+    argv = (photo, QUESTION, "--model", saved, "--max-new-tokens", 2, "--device", "cpu")
+    monkeypatch.setattr("extras.devices.memory", lambda device: (10**8, 10**9))
+    assert run(*argv)[0] == 0
+    monkeypatch.setattr("extras.devices.memory", lambda device: (100, 1000))
+    assert_one_line(run(*argv), "the weights take 0.0 GB, cpu has 0.0 GB")
+    devices.announce_memory(2 * 10**9, 3 * 10**9)
+    devices.announce_memory(10**8, 3 * 10**9)
 
 
 # ---- bad input ----
@@ -525,8 +729,21 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["PHOTO"], "IMAGE and QUESTION are needed"),
-        (["PHOTO", "PHOTO"], "the question is missing"),
+        (["", "Q"], "the name of a picture is empty"),
+        (["https://example.org/a.jpg", "Q"], "is a URL"),
+        (["PHOTO", "Q", "--save", "a.json"], "--save goes with --calibrate"),
+        (["PHOTO", "Q", "--enough"], "--enough goes with --calibrate"),
+        (["--calibrate", ".", "--expand-cache"], "--expand-cache goes not with --calibrate"),
+        (["--calibrate", ".", "--tokens", "low"], "--tokens goes not with --calibrate"),
+        (["PHOTO", "--show", "a.png"], "--show needs one question"),
+        (["PHOTO", "Q", "--chat", "--show", "a.png"], "--show needs one question"),
+        (["PHOTO", "Q", "--seed", "9" * 23], "--seed"),
+        (["PHOTO", "Q", "--device", "gpu"], "device 'gpu' is not cuda, mps, cpu"),
+        pytest.param(
+            ["PHOTO", "Q", "--device", "mps"],
+            "there is no mps here",
+            marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one"),
+        ),
         (["PHOTO", "Q", "--calibrate", "."], "--calibrate takes a folder alone"),
         (["--json"], "IMAGE and QUESTION are needed"),
         (["PHOTO", ""], "question is empty"),

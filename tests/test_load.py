@@ -27,7 +27,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from dymu import DyMU
 from extras import door
-from extras.door import choose_dtype
+from extras.devices import choose_dtype
 from extras.families import classes, read_config, to_tuple
 from extras.sampled import spread
 from load import Processor, load, load_model

@@ -4,14 +4,16 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_load import config_of
 
 from dymu import DyMU, cosine, match
+from extras.calibrate import calibrate
 from extras.families import read_config
-from extras.thresholds import calibrate, find_thresholds, read_thresholds, schedule
+from extras.thresholds import find_thresholds, read_thresholds, schedule
 from model import check_layers
 
 
@@ -122,6 +124,48 @@ def test_a_calibration_names_its_similarity(llava, images, folder):
         read_thresholds("high", folder, config, states)
 
 
+def test_a_budget_settles_and_calibration_may_stop_there(llava, images, folder, monkeypatch):
+    monkeypatch.setattr("extras.calibrate.BATCH", 2)
+    config = read_config(folder)
+    order = [0, 5, 3, 2, 3, 2, 3, 2, 3, 2, 3]
+
+    def read(file):
+        return images[order[int(file.name)]]
+
+    files = [Path(str(i)) for i in range(len(order))]
+    every = dict(calibrate(llava.vision_tower, read, files, config))
+    some = dict(calibrate(llava.vision_tower, read, files, config, enough=True))
+    for budget in ("low", "mid", "high"):
+        r = every[budget]["r"]
+        taus = []
+        means = []
+        for start in range(0, len(order), 2):
+            batch = [images[i] for i in order[start : start + 2]]
+            taus.append(find_thresholds(llava.vision_tower, batch, r, 2))
+            means.append(torch.tensor(taus, dtype=torch.float64).mean(0))
+        moves = [((b - a) / b.clamp(min=1e-6)).abs().max() for a, b in zip(means, means[1:])]
+        n = next(i for i, move in enumerate(moves, 1) if move < 0.01)
+        settled = 2 * n + 2
+        assert every[budget]["settled"] == settled
+        assert every[budget]["thresholds"] == pytest.approx(means[-1].tolist(), abs=1e-9)
+        assert every[budget]["images"] == 11
+        assert settled < 11
+        assert some[budget]["images"] == some[budget]["settled"] == settled
+        assert some[budget]["thresholds"] == pytest.approx(means[n].tolist(), abs=1e-9)
+
+
+def test_how_long_it_takes_is_told_after_the_first_batch(
+    llava, images, folder, monkeypatch, capsys
+):
+    monkeypatch.setattr("extras.calibrate.BATCH", 2)
+    clock = iter(range(0, 100_000, 60))
+    monkeypatch.setattr("extras.calibrate.time.perf_counter", lambda: next(clock))
+    files = [Path(str(i)) for i in range(6)]
+    list(calibrate(llava.vision_tower, lambda f: images[int(f.name)], files, read_config(folder)))
+    # one minute a batch, three batches, three budgets, ranked and counted
+    assert capsys.readouterr().err.count("about 18 minutes for 6 pictures") == 1
+
+
 # ---- files ----
 
 
@@ -178,3 +222,43 @@ def test_thresholds_from_the_authors_checkpoint(folder, tmp_path):
         torch.save(changed, tmp_path / "wrong.pth")
         with pytest.raises(ValueError, match="layers that have a threshold"):
             read_thresholds(str(tmp_path / "wrong.pth"), folder, read_config(folder))
+
+
+def test_thresholds_from_the_hub_are_told_fetched_and_kept(folder, tmp_path, monkeypatch, capsys):
+    state = {f"blocks.{i}.threshold": torch.tensor(0.9 - i / 4) for i in range(3)}
+    torch.save({"state_dict": state}, tmp_path / "tome-72out.pth")
+    (tmp_path / "ours.json").write_text(json.dumps({"mid": {"thresholds": [0.5, 0.25, 0.75]}}))
+    asked = []
+
+    def hub(repo, name, dry_run=False):
+        asked.append((repo, name, dry_run))
+        if dry_run:
+            return SimpleNamespace(file_size=1.71e9, will_download=True)
+        return str(tmp_path / Path(name).name)
+
+    def assets(library, namespace):
+        kept = tmp_path / f"{library}--{namespace.replace('/', '--')}"
+        kept.mkdir(exist_ok=True)
+        return kept
+
+    monkeypatch.setattr("extras.door.hf_hub_download", hub)
+    monkeypatch.setattr("extras.thresholds.cached_assets_path", assets)
+    config = read_config(folder)
+    for _ in range(2):  # the second time from what was kept
+        taus, told = read_thresholds("some/one/deep/tome-72out.pth", folder, config)
+        assert taus == pytest.approx((0.9, 0.65, 0.4))
+        assert told["model"] == "some/one/deep/tome-72out.pth"
+    name = "deep/tome-72out.pth"
+    assert asked == [("some/one", name, True), ("some/one", name, False)]
+    assert "downloading 1.71 GB" in capsys.readouterr().err
+    assert read_thresholds("some/one/ours.json:mid", folder, config)[0] == (0.5, 0.25, 0.75)
+    assert asked[-1] == ("some/one", "ours.json", False)
+
+    def none(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr("extras.door.hf_hub_download", none)
+    with pytest.raises(ValueError, match="some/one/other.pth is not to be had from the Hub"):
+        read_thresholds("some/one/other.pth", folder, config)
+    with pytest.raises(ValueError, match="not a file, here or on the Hub"):
+        read_thresholds("some/one/readme.md", folder, config)
