@@ -5,21 +5,25 @@ token of its own shows its pixels. Lines between tokens are strong where the tok
 where they are large: they gather where detail stayed.
 """
 
+import contextlib
 import math
-import unicodedata
 from pathlib import Path
+from unicodedata import category, normalize
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from extras.door import atomically
-from extras.video import Video, several_pictures
+from extras.anyres import AnyResProcessor
+from extras.door import atomically, note
+from extras.video import several_pictures
+from load import width_height
 from model import as_list
 
 # pixels; GAP is the least space between two pictures
 WIDTH = 1200
+TALLEST = 1600  # a page of several pictures, unless text or hundreds of frames fill it
 MARGIN = 32
 GAP = 16
 
@@ -29,26 +33,47 @@ TRACK = "#e4e8ed"
 ACCENT = "#e4572e"
 
 LEGEND = "Flat colour: patches merged into one token. Pixels: a patch that kept a token of its own."
+FADED = " Faded: the token stands in an earlier picture or frame."
 WHOLE = " Counted, not drawn: the view of the whole, newlines."
-FADED = " Faded: the token stands in an earlier picture."
+
+# of Linux, Windows and macOS, for what Pillow's own font does not have
+FONTS = (
+    "DejaVuSans, NotoSans-Regular, segoeui, tahoma, NotoSansCJK-Regular, wqy-microhei, malgun, "
+    "DroidSansFallbackFull, msyh, Arial Unicode, Hiragino Sans GB, Nirmala, Symbola_hint, seguisym"
+)
 SPELLED = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "•": "·", "ß": "ss"})
 
 
 def save(file: Path, processor, shown: list, pixels: list, panels: list[tuple], question: str):
     """shown: pictures, and videos as lists of frames; panels: (title, visual, report), where visual
     is what `Llava.encode` gave for pixels."""
-    panels = [
-        (title, patches(processor.config, pixels, visual), report)
-        for title, visual, report in panels
-    ]
+    c = processor.config
+    panels = [(title, patches(c, pixels, visual), report) for title, visual, report in panels]
+    views = views_of(processor, shown)
+    frames = sum(len(one) for one in shown if isinstance(one, list))
     with atomically(file) as part:
-        draw(views_of(processor, shown), panels, question).save(part, format="PNG")
+        draw(views, panels, question, frames, crops(processor, shown)).save(part, format="PNG")
 
 
 def views_of(processor, shown: list) -> list[Image.Image]:
     """What the model sees of pictures, and of videos as lists of frames"""
     several = several_pictures(shown)
     return [processor.view(view, several and view is one) for one in shown for view in as_list(one)]
+
+
+def crops(processor, shown: list) -> str:
+    """Says how large what loses more than a fifth of its area to the centre crop was, if any is."""
+    p = processor.pictures
+    if isinstance(processor, AnyResProcessor) or processor.pad or not p["do_center_crop"]:
+        return ""
+
+    sizes = []
+    for picture in [picture for one in shown for picture in as_list(one)]:
+        w, h = width_height(p["size"], picture.size) if p["do_resize"] else picture.size
+        crop_w, crop_h = width_height(p["crop_size"])
+        if min(w, crop_w) * min(h, crop_h) < 0.8 * w * h:
+            sizes.append(f"{picture.width} x {picture.height}")
+    return f"Cropped from {', '.join(dict.fromkeys(sizes))}. " if sizes else ""
 
 
 def patches(config, pixels: list, visual: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -73,103 +98,126 @@ def patches(config, pixels: list, visual: list[tuple[Tensor, Tensor]]) -> list[T
         parts = at.split([h * w for h, w in shapes])
         parts = [part.view(shape) for part, shape in zip(parts, shapes)]
         tiles = parts[-1][:, :-1]
-        if isinstance(one, Video) or not tiles.numel():
-            found += parts[:-1]
-        else:
-            found.append(tiles)
+        found += [tiles] if tiles.numel() else parts[:-1]  # of a video: its frames
     return found
 
 
 # ---- The page ----
 
 
-def draw(views: list[Image.Image], panels: list[tuple], question: str) -> Image.Image:
+def draw(views, panels, question, frames: int = 0, cropped: str = "") -> Image.Image:
     """The question, below it the input, and a panel for each (title, grids, report).
 
-    views: the pictures or frames as the model sees them; grids: from `patches`; report: with
-    answer, visual_tokens and virtual_tokens. One picture has its panels to its right, in one row
-    or, where that makes patches too small, in two; several have them below.
+    views: the pictures or frames as the model sees them, and how many of them are frames; grids:
+    from `patches`; report: with answer, visual_tokens and virtual_tokens; cropped: from `crops`.
     """
-    width = WIDTH - 2 * MARGIN
     shapes = [grid.shape for grid in panels[0][1]]
-    several = len(views) > 1
-    columns, cell, spots, (block_w, block_h) = arrange(shapes, len(panels), width)
-    views = [
-        view.convert("RGB").resize((cell * w, cell * h), Image.Resampling.LANCZOS)
-        for view, (h, w) in zip(views, shapes)
-    ]
-
-    counts = [(report.visual_tokens, report.virtual_tokens) for _, _, report in panels]
-    h, w = shapes[0]
-    titles = [f"input: {len(views)} pictures" if several else f"input: {h} x {w} patches"]
-    titles += [f"{title}: {n} of {N} tokens" for (title, _, _), (n, N) in zip(panels, counts)]
-
-    # more than a class token or a newline for each
-    undrawn = counts[0][1] - sum(h * w for h, w in shapes) > len(views)
-    captions = [LEGEND + FADED * several + WHOLE * undrawn]
-    captions += [report.answer.strip() or "(no answer)" for _, _, report in panels]
-
-    above = Texts([question], (30, 26, 22, 18), width, most=2)
-    titles = Texts(titles, (20, 18, 16), max(block_w, 200), most=1)
-    captions = Texts(captions, (17, 16, 15, 14), max(block_w, 200), most=6)
+    columns, room = arrange(shapes, len(panels))
+    titles, captions = words(panels, frames, cropped)
+    above = Texts([question], (30, 26, 22, 18), WIDTH - 2 * MARGIN, most=2)
+    titles = Texts(titles, (20, 18, 16), room, most=1)
+    captions = Texts(captions, (17, 16, 15, 14), room, most=6)
+    missing = above.missing | titles.missing | captions.missing
+    if missing:
+        note(f"note: no font found for {' '.join(sorted(missing))}, drawn as boxes")
 
     # the input, then the panels: beside it if there are columns for them, else below
     places = [(0, 0)]
     for i in range(len(panels)):
         places.append((1 + i % columns, i // columns) if columns else (0, 1 + i))
-    tops = [MARGIN + above.height(0) + 20]
-    for row in range(1 + places[-1][1]):
-        heights = [
-            titles.height(i) + captions.height(i)
-            for i, place in enumerate(places)
-            if place[1] == row
-        ]
-        tops.append(tops[-1] + block_h + 20 + max(heights) + MARGIN)
+    top = MARGIN + above.height(0) + 20
+    below = [0] * (1 + places[-1][1])  # what each row needs below its views
+    for i, (_, row) in enumerate(places):
+        below[row] = max(below[row], 20 + titles.height(i) + captions.height(i) + MARGIN)
 
-    canvas = Image.new("RGB", (WIDTH, tops[-1]), "white")
+    most = 1000 if len(views) == 1 else max((TALLEST - top - sum(below)) // len(below), 100)
+    block_h, spots = gallery(shapes, room, most)
+    views = [
+        view.convert("RGB").resize((cell * w, cell * h), Image.Resampling.LANCZOS)
+        for view, (h, w), (_, _, cell) in zip(views, shapes, spots)
+    ]
+
+    canvas = Image.new("RGB", (WIDTH, top + sum(below) + len(below) * block_h), "white")
     pen = ImageDraw.Draw(canvas)
     above.draw(pen, 0, MARGIN, MARGIN - 6, INK)
     for i, (column, row) in enumerate(places):
-        x = MARGIN + round(column * (width - block_w) / max(columns, 1))
-        y = tops[row]
-        for (dx, dy), view in zip(spots, merged(views, panels[i - 1][1]) if i else views):
-            canvas.paste(view, (x + dx, y + dy))
-            right = x + dx + view.width
-            pen.rectangle((x + dx - 1, y + dy - 1, right, y + dy + view.height), outline=TRACK)
+        x = MARGIN + round(column * (WIDTH - 2 * MARGIN - room) / max(columns, 1))
+        y = top + row * block_h + sum(below[:row])
+        for (dx, dy, _), view in zip(spots, merged(views, panels[i - 1][1]) if i else views):
+            canvas.paste(ImageOps.expand(view, 1, TRACK), (x + dx - 1, y + dy - 1))
 
         y += block_h + 8
         if i:  # a bar: the share of the tokens that is left
-            n, N = counts[i - 1]
-            pen.rectangle((x, y, x + block_w - 1, y + 3), fill=TRACK)
-            pen.rectangle((x, y, x + math.ceil(block_w * n / N) - 1, y + 3), fill=ACCENT)
+            report = panels[i - 1][2]
+            left = math.ceil(room * report.visual_tokens / report.virtual_tokens)
+            pen.rectangle((x, y, x + room - 1, y + 3), fill=TRACK)
+            pen.rectangle((x, y, x + left - 1, y + 3), fill=ACCENT)
         titles.draw(pen, i, x, y + 9, INK)
         captions.draw(pen, i, x, y + 11 + titles.height(i), SOFT)
     return canvas
 
 
-def arrange(shapes: list[tuple[int, int]], panels: int, width: int):
-    """How views of these patches (h, w) and their panels fill the width.
+def words(panels: list[tuple], frames: int, cropped: str) -> tuple[list[str], list[str]]:
+    """-> the titles and the captions of the input and the panels, see `draw`"""
+    grids = panels[0][1]
+    kinds = {"picture": len(grids) - frames, "frame": frames}
+    contents = ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in kinds.items() if n)
+    if len(grids) == 1:
+        contents = "{} x {} patches".format(*grids[0].shape)
 
-    -> panels beside the input (0: they are below), pixels of a patch's side, where each view is,
-    (width, height) of all views
+    faded = any(old.any() for _, grids, _ in panels for old in stood_before(grids))
+    # more than a class token or a newline for each
+    undrawn = panels[0][2].virtual_tokens - sum(grid.numel() for grid in grids) > len(grids)
+
+    titles = [f"input: {contents}"]
+    captions = [cropped + LEGEND + FADED * faded + WHOLE * undrawn]
+    for title, _, report in panels:
+        titles.append(f"{title}: {report.visual_tokens} of {report.virtual_tokens} tokens")
+        captions.append(report.answer.strip() or "(no answer)")
+    return titles, captions
+
+
+def arrange(shapes: list[tuple[int, int]], panels: int) -> tuple[int, int]:
+    """How many panels stand beside the input (0: they are below), and the width of each, pixels.
+
+    shapes: the patches (h, w) of each view. One view has its panels beside it, in one row or, where
+    that makes patches too small, in two; several have them below, unless they are but few.
     """
-    most_h = max(h for h, _ in shapes)
-    most_w = max(w for _, w in shapes)
-    along = math.ceil(len(shapes) / math.ceil(len(shapes) / 4))  # side by side, four at most
-    for columns in (0,) if len(shapes) > 1 else (panels, math.ceil(panels / 2)):
-        room = (width - columns * GAP) // (columns + 1) - (along - 1) * GAP
-        # whole pixels, so that lines are sharp and even
-        cell = max(min(room // along // most_w, 1000 // most_h), 1)
+    width = WIDTH - 2 * MARGIN
+    if len(shapes) > 1:
+        columns = panels if sum(w / h for h, w in shapes) <= panels else 0
+        return columns, (width - columns * GAP) // (columns + 1)
+
+    for columns in (panels, math.ceil(panels / 2)):
+        room = (width - columns * GAP) // (columns + 1)
+        _, ((_, _, cell),) = gallery(shapes, room)
         if cell >= 10:
             break
+    return columns, max(cell * shapes[0][1], 200)
 
-    box_w = cell * most_w
-    box_h = cell * most_h
-    spots = [
-        ((box_w + GAP) * (i % along), (box_h + GAP) * (i // along)) for i in range(len(shapes))
-    ]
-    block = (spots[along - 1][0] + box_w, spots[-1][1] + box_h)
-    return columns, cell, spots, block
+
+def gallery(shapes: list[tuple[int, int]], room: int, most: int = 1000):
+    """Views of these patches (h, w) in rows, all about equally high: large, and with few holes.
+
+    room, most: the width and the height there is, pixels -> the height of all; for each view where
+    it is and the side of its patches, (x, y, cell)
+    """
+    found = []
+    for height in range(1, most + 1):
+        spots = []
+        x = y = bottom = area = 0
+        for h, w in shapes:
+            # whole pixels, so that lines are sharp and even
+            cell = max(min(height // h, room // w), 1)
+            if x and x + cell * w > room:
+                x, y = 0, bottom + GAP
+            spots.append((x, y, cell))
+            x += cell * w + GAP
+            bottom = max(bottom, y + cell * h)
+            area += cell * h * cell * w
+        full = area / (room * bottom)
+        found.append((min(most - bottom, 0), area * full**2, bottom, spots))
+    return max(found)[2:]
 
 
 # ---- One picture with its tokens ----
@@ -177,13 +225,17 @@ def arrange(shapes: list[tuple[int, int]], panels: int, width: int):
 
 def merged(views: list[Image.Image], tokens: list[Tensor]) -> list[Image.Image]:
     """The views with their tokens (h, w) filled and outlined; faded where they stood before"""
+    return [merged_view(*one) for one in zip(views, tokens, stood_before(tokens))]
+
+
+def stood_before(tokens: list[Tensor]) -> list[Tensor]:
+    """Of the token at each patch: whether it stands in an earlier view, too"""
     seen = torch.zeros(0, dtype=torch.long)
-    drawn = []
-    for view, at in zip(views, tokens):
-        old = torch.isin(at, seen)
-        seen = torch.cat((seen, at.flatten())).unique()
-        drawn.append(merged_view(view, at, old))
-    return drawn
+    before = []
+    for at in tokens:
+        before.append(torch.isin(at, seen))
+        seen = torch.cat((seen, at[at >= 0])).unique()  # -1 is no token
+    return before
 
 
 def merged_view(view: Image.Image, at: Tensor, old: Tensor) -> Image.Image:
@@ -191,14 +243,11 @@ def merged_view(view: Image.Image, at: Tensor, old: Tensor) -> Image.Image:
     w, h = view.size
     cell = w // at.shape[1]
 
-    def at_pixels(x):
-        return x.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-
-    at = at_pixels(at.unique(return_inverse=True)[1])
+    at = at.unique(return_inverse=True)[1]
+    at, old = (x.repeat_interleave(cell, 0).repeat_interleave(cell, 1) for x in (at, old))
     pixels = torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8).view(h, w, 3).float()
     area = torch.bincount(at.flatten())
-    mean = torch.zeros(len(area), 3).index_add(0, at.flatten(), pixels.view(-1, 3))
-    mean = mean / area[:, None]
+    mean = torch.zeros(len(area), 3).index_add(0, at.flatten(), pixels.view(-1, 3)) / area[:, None]
     size = (area / cell**2)[at]  # in patches
     pixels = torch.where(size[..., None] == 1, pixels, mean[at])
 
@@ -210,11 +259,10 @@ def merged_view(view: Image.Image, at: Tensor, old: Tensor) -> Image.Image:
         s[1:] = s[1:].minimum(t[:-1])
     strength = line * (0.65 - 0.1 * smaller.log2()).clamp(min=0.25)  # 1 patch .65, from 16 on .25
     dark = (mean @ torch.tensor([0.299, 0.587, 0.114]) < 75)[at]
-    white_or_black = 255.0 * dark[..., None]
-    pixels = torch.lerp(pixels, white_or_black, strength[..., None])
+    pixels = torch.lerp(pixels, 255.0 * dark[..., None], strength[..., None])  # white or black
 
     faded = torch.lerp(pixels, torch.tensor(255.0), 0.8)
-    pixels = torch.where(at_pixels(old)[..., None], faded, pixels)
+    pixels = torch.where(old[..., None], faded, pixels)
     return Image.frombytes("RGB", (w, h), bytes(pixels.round().byte().flatten().tolist()))
 
 
@@ -225,10 +273,12 @@ class Texts:
     """Texts wrapped to one width, in the first of the sizes that needs at most `most` lines."""
 
     def __init__(self, texts: list[str], sizes: tuple[int, ...], width: int, most: int):
+        texts = [readable(text) for text in texts]
+        self.missing = set().union(*(lacks(*one) for one in texts))
         for size in sizes:
-            self.font = ImageFont.load_default(size)
             self.leading = round(1.35 * size)
-            self.lines = [wrap(text, self.font, width) for text in texts]
+            self.fonts = [font.font_variant(size=size) for _, font in texts]
+            self.lines = [wrap(text, font, width) for (text, _), font in zip(texts, self.fonts)]
             if max(map(len, self.lines)) <= most:
                 break
 
@@ -237,22 +287,40 @@ class Texts:
 
     def draw(self, pen: ImageDraw.ImageDraw, i: int, x: int, y: int, colour: str) -> None:
         for n, line in enumerate(self.lines[i]):
-            pen.text((x, y + n * self.leading), line, colour, self.font)
+            pen.text((x, y + n * self.leading), line, colour, self.fonts[i])
+
+
+def readable(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A text on one line, and the first font that has its characters: Pillow's own or a system's.
+
+    Where none has all: the one that lacks least, or Pillow's own with the text without accents.
+    """
+    text = normalize("NFC", " ".join(text.split()))
+    # no controls, and nothing that selects an emoji's looks
+    text = "".join(c for c in text if category(c)[0] != "C" and c not in "\ufe0e\ufe0f")
+    plain = normalize("NFKD", text.translate(SPELLED))
+    plain = "".join(c for c in plain if category(c)[0] != "M")
+
+    own = ImageFont.load_default(20)
+    choices = [(text, own), (plain, own)]
+    for name in FONTS.split(", ") if lacks(text, own) else []:
+        with contextlib.suppress(OSError):  # there is none, or none that has any size
+            choices.insert(-1, (text, ImageFont.truetype(name, 20)))
+
+    return min(choices, key=lambda one: len(lacks(*one)))
+
+
+def lacks(text: str, font: ImageFont.FreeTypeFont) -> set[str]:
+    """The characters that the font draws like one that no font has"""
+    drawn = {c: bytes(font.getmask(c)) for c in {*text, "\uffff"}}
+    return {c for c in text if drawn[c] == drawn["\uffff"] and not c.isspace()}
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than width: broken at spaces, inside a word only where it alone is wider.
-
-    Pillow's own font has ASCII and little more: accents are dropped, and a character that it does
-    not have becomes a box.
-    """
-    text = unicodedata.normalize("NFKD", text.translate(SPELLED))
-    # no controls, no marks
-    text = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] not in "CM")
-
+    """Lines no wider than width: broken at spaces, inside a word only where it alone is wider."""
     lines = []
     line = ""
-    for char in " ".join(text.split()):
+    for char in text:
         while line and font.getlength((line + char).rstrip()) > width:
             before, space, last = line.rpartition(" ")
             lines.append(before if space else line)

@@ -412,6 +412,17 @@ def test_what_is_shown_is_what_the_model_sees(families):
     assert [type(one).__name__ for one in pixels] == ["Video", "Picture", "Picture"]
 
 
+def test_the_picture_tells_frames_and_what_was_cropped(run, saved, gif, tmp_path, monkeypatch):
+    told = []
+    draw = show.draw
+    monkeypatch.setattr(show, "draw", lambda *args: told.extend(args[3:]) or draw(*args))
+    Image.new("RGB", (400, 20)).save(tmp_path / "wide.png")
+    argv = [gif, tmp_path / "wide.png", "Q", "--model", saved, "--max-new-tokens", 1]
+    assert run(*argv, "--show", tmp_path / "shown.png")[0] == 0
+    frames = len(read_frames(gif))
+    assert told == [frames, "Cropped from 400 x 20. "] and frames > 1
+
+
 def test_options_may_stand_before_the_question(run, saved, photo):
     assert run(photo, "--model", saved, "--max-new-tokens", 1, QUESTION)[0] == 0
 

@@ -1,7 +1,9 @@
 """The picture of the tokens: which token is drawn where, and how."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from PIL import Image
 
 from extras import show
 from extras.anyres import cut
-from load import load
+from load import load, load_processor
+
+COUNTS = dict(visual_tokens=4, virtual_tokens=12)
 
 
 def numbers(image):
@@ -69,22 +73,105 @@ def test_what_stood_before_is_faded_and_what_merged_is_flat():
     assert torch.equal(c[inside], original[inside])
 
 
+def test_a_legend_says_faded_only_where_something_is():
+    report = SimpleNamespace(answer="yes", visual_tokens=9, virtual_tokens=8)
+    first = torch.tensor([[-1, 0], [1, 2]])  # a patch without a token is none that stood before
+    for second, faded in (([[-1, 3], [4, 5]], False), ([[-1, 0], [4, 5]], True)):
+        panels = [("mid", [first, torch.tensor(second)], report)]
+        assert (show.FADED in show.words(panels, 0, "")[1][0]) == faded
+
+
+# ---- The page ----
+
+
+def page(shapes, panels, answer="yes", frames=0):
+    """A page of red views of these patches (h, w), each patch with a token of its own."""
+    tokens = sum(h * w for h, w in shapes)
+    report = SimpleNamespace(answer=answer, visual_tokens=tokens, virtual_tokens=tokens)
+    grids = [square_numbers(0, h, w, w) for h, w in shapes]
+    views = [Image.new("RGB", (64, 64), "red")] * len(shapes)
+    return show.draw(views, [("full", grids, report)] * panels, "what?", frames)
+
+
 def test_tall_pictures_stay_on_a_screen():
-    report = SimpleNamespace(answer="yes", visual_tokens=9, virtual_tokens=900)
-    grids = [torch.arange(300).view(150, 2)]
-    drawn = show.draw([picture((20, 900))], [("low", grids, report)], "what?")
+    drawn = page([(150, 2)], 1)
     assert drawn.height < 1400
+    white = (numbers(drawn) == 255).all(-1)
+    assert white[:, -show.MARGIN :].all()  # no text runs out
 
 
-@pytest.mark.parametrize("n, columns", [(1, 1), (2, 2), (4, 4), (5, 3), (8, 4), (9, 3)])
-def test_views_fill_the_width_four_in_a_row_at_most(n, columns):
-    views = [Image.new("RGB", (64, 64), "red")] * n
-    grids = [torch.arange(64).view(8, 8) + 64 * i for i in range(n)]
-    report = SimpleNamespace(answer="yes", visual_tokens=64 * n, virtual_tokens=64 * n)
-    drawn = show.draw(views, [("full", grids, report)], "what?")
+def test_pages_of_several_pictures_are_no_longer_than_a_screen_or_two():
+    square = (24, 24)
+    for shapes in ([square] * 2, [square] * 8, [square] * 32, [(8, 72), (72, 24)]):
+        for panels in (1, 4):
+            assert page(shapes, panels, "word " * 100).height <= show.TALLEST
+
+
+@pytest.mark.parametrize("n, columns", [(2, 2), (3, 3), (4, 4), (7, 4), (8, 4), (9, 5)])
+def test_views_fill_the_width(n, columns):
+    drawn = page([(8, 8)] * n, 1)
     red = (numbers(drawn) == torch.tensor([255, 0, 0])).all(-1)
     row = red[red.any(1).nonzero()[3, 0]]  # the input's first row of views
     assert drawn.width == show.WIDTH
-    side = int(row.sum()) // (columns if n > 1 else 1)
-    if n > 1:
-        assert side * columns > 0.9 * (show.WIDTH - 2 * show.MARGIN - columns * show.GAP)
+    assert int(row.sum()) > 0.9 * (show.WIDTH - 2 * show.MARGIN - columns * show.GAP)
+    assert int((row[1:] > row[:-1]).sum()) == columns
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(36, 48), (48, 36)], [(24, 72), (48, 48), (48, 24)], [(8, 72), (48, 48)]]
+)
+@pytest.mark.parametrize("room, most", [(1136, 600), (1136, 260), (560, 900)])
+def test_pictures_of_different_shapes_leave_few_holes(shapes, room, most):
+    height, spots = show.gallery(shapes, room, most)
+    taken = torch.zeros(height, room)
+    for (h, w), (x, y, cell) in zip(shapes, spots):
+        part = taken[y : y + cell * h, x : x + cell * w]
+        assert part.shape == (cell * h, cell * w)  # within the room
+        part += 1
+    assert taken.max() == 1  # none lies on another
+    assert height <= most and taken[:, taken.any(0)].mean() > 0.8
+
+
+def test_frames_are_called_frames():
+    for frames, said in ((0, "3 pictures"), (2, "1 picture, 2 frames"), (3, "3 frames")):
+        panels = [("mid", [torch.zeros(2, 2)] * 3, SimpleNamespace(answer="", **COUNTS))]
+        assert show.words(panels, frames, "")[0][0] == f"input: {said}"
+
+
+def test_what_the_centre_crop_cut_off_is_told(tmp_path):
+    wide, square, slightly = (Image.new("RGB", size) for size in ((400, 20), (9, 9), (110, 100)))
+    shown = [wide, [square, wide, wide], slightly]
+    processor = load_processor(make(tmp_path / "clip"))
+    assert show.crops(processor, shown) == "Cropped from 400 x 20. "
+    assert show.crops(processor, [square, slightly]) == ""
+    assert show.crops(load_processor(tmp_path / "clip", pad=True), shown) == ""
+    for i, name in enumerate(("llava, SigLIP, Qwen2", "llava_next, Llama")):  # squeezed, in tiles
+        assert show.crops(load_processor(make(tmp_path / str(i), **FAMILIES[name])), shown) == ""
+
+
+# ---- Text ----
+
+MATPLOTLIB = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+def test_text_is_drawn_in_the_first_font_that_has_its_characters(monkeypatch):
+    fonts = [
+        str(MATPLOTLIB / f"{name}.ttf")
+        for name in ("DejaVuSansDisplay", "DejaVuSans", "DejaVuSans-Bold")
+    ]
+    monkeypatch.setattr(show, "FONTS", ", ".join(("no such font", *fonts)))
+    for text in ("Что там — слева?", "Où est l'élève, Ωμέγα ß", "a \U0001f600\ufe0f"):
+        read, font = show.readable(f" {text}\n")
+        assert read == text.replace("\ufe0f", "") and font.path == fonts[1]
+        assert not show.lacks(read, font)
+    assert show.lacks("我 a", font) == {"我"}
+    assert show.readable("plain: it's 100 %!")[1].getname()[0] == "Aileron"
+
+
+def test_missing_characters_are_told_once(monkeypatch, capsys):
+    monkeypatch.setattr(show, "FONTS", "no such font")
+    page([(2, 2)], 3, "café – ß")
+    assert show.readable("café – ß")[0] == "cafe - ss" and capsys.readouterr().err == ""
+    page([(2, 2)], 3, "我 и 我")
+    err = capsys.readouterr().err
+    assert err == "demo.py: note: no font found for и 我, drawn as boxes\n"
