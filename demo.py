@@ -24,14 +24,13 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from extras import calibrate, chat, show, thresholds, video
-from extras.anyres import positions
+from extras.anyres import placeholders, positions
 from extras.decoding import sampler
 from extras.devices import announce_memory, choose_device
 from extras.door import announce_download, check_writable, find, one_line
 from extras.options import note
 from extras.report import Measured, Report
 from load import load_model, load_processor
-from model import as_list
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,9 +58,6 @@ def answer(a) -> None:
 
     # pictures, and videos as lists of frames
     shown = [video.read_any(one, a.frames) for one in a.pictures]
-    if a.temporal is not None and sum(len(as_list(one)) for one in shown) < 2:
-        raise ValueError("--temporal needs a video or several pictures")
-
     folder = find(a.model, announce_download)
     processor = load_processor(folder, a.pad)
     settings = thresholds.settings(a, folder, processor)
@@ -72,12 +68,11 @@ def answer(a) -> None:
     ids = processor.prompt(first, pixels)
     if a.vtu != "off":
         config = processor.config
-        config.check_length(len(ids) - len(pixels) + positions(pixels, config))
+        config.check_length(len(ids) - placeholders(pixels) + positions(pixels, config))
 
     progress = partial(tqdm, desc="loading", delay=3, disable=None)
     llava = load_model(folder, device, a.dtype, announce_memory, progress)
-    encode = partial(video.encode, temporal=a.temporal)
-    new_session = partial(Measured, llava, processor, pixels, expand=a.expand_cache, encode=encode)
+    new_session = partial(Measured, llava, processor, pixels, expand=a.expand_cache)
 
     several = len(settings) > 1
     if several:  # the times are to be compared: each shape is met once before it is timed
@@ -90,7 +85,7 @@ def answer(a) -> None:
             reports = reply(a, sessions, question)
     if a.show:
         panels = [(name, sessions[name].visual, report) for name, report in reports.items()]
-        if several and a.temporal is None:  # the input itself shows what full is
+        if several and a.after is None:  # the input itself shows what full is
             panels = panels[1:]
         show.save(a.show, processor, shown, pixels, panels, question)
         note(f"wrote {a.show}")

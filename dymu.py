@@ -256,6 +256,9 @@ class DyMU:
     # token_at -> query_at, at least one for each token (extras/sampled.py). None: all, the paper
     queries: Callable[[Tensor], Tensor] | None = None
 
+    # rows, token_at behind the projector -> fewer (extras/second_stage.py). None: all, the paper
+    after: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
     def __post_init__(self):
         if sum(way is not None for way in (self.thresholds, self.r, self.rule)) > 1:
             raise ValueError("give at most one of thresholds (DToMe), r (ToMe) and rule")

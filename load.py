@@ -47,12 +47,12 @@ def load(path_or_repo_id, device=None, dtype=None, pad: bool = False):
 
 
 def load_model(
-    folder: Path, device=None, dtype=None, announce=None, progress=iter, only: str = ""
+    folder: Path, device=None, dtype=None, announce=None, progress=iter, only=""
 ) -> Llava:
     """Builds the model on the meta device and assigns the tensors of the memory-mapped shards.
 
     So it never exists twice. announce: see `check_memory`; progress: wraps the names that are read
-    one by one, as tqdm would; only: a prefix, other tensors stay on the meta device.
+    one by one, as tqdm would; only: a prefix or several, other tensors stay on the meta device.
     """
     config = families.read_config(folder)
     device = choose_device(device)
@@ -229,14 +229,14 @@ class Processor:
         question.encode()  # a ValueError for what is not Unicode
 
         shown = [None] * image if isinstance(image, int) else as_list(image)
-        names = [getattr(one, "placeholder", "<image>") for one in shown]
+        names = [name for one in shown for name in getattr(one, "placeholders", ("<image>",))]
         try:
             text = families.chat(self.template, names, question, turns, system)
         except ValueError as e:
             raise ValueError(f"{self.folder}: {e}") from e
 
         ids = self.tokenizer.encode(text).ids
-        if sum(i in self.config.placeholders for i in ids) != len(shown):
+        if sum(i in self.config.placeholders for i in ids) != len(names):
             raise ValueError("the question must not hold the image placeholder <image>")
         return torch.tensor(ids)
 

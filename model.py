@@ -495,15 +495,19 @@ class Llava(nn.Module):
         """For each picture its rows (N_un, D), as the decoder takes them, and token_at (N,).
 
         pixels: one picture or a list of them, each (3, H, W) or an object that encodes itself, as
-        tiles and videos do in extras/: picture.encode(llava, settings) -> rows, token_at
+        tiles and videos do in extras/: picture.encode(llava, settings) -> rows, token_at, or a
+        list of these if it has several placeholders
         """
         visual = []
         for picture in as_list(pixels):
             if isinstance(picture, Tensor):
                 x, token_at = self.vision_tower(picture, settings)
-                visual.append((self.multi_modal_projector(x), token_at))
+                x = self.multi_modal_projector(x)
+                if settings.after is not None:
+                    x, token_at = settings.after(x, token_at)
+                visual.append((x, token_at))
             elif hasattr(picture, "encode") and not isinstance(picture, str):
-                visual.append(picture.encode(self, settings))
+                visual += as_list(picture.encode(self, settings))
             else:
                 raise ValueError(f"pixels are a {type(picture).__name__}, see Processor.image")
         return visual

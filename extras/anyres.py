@@ -86,7 +86,8 @@ class Picture(NamedTuple):
         merged = len(x) < at.numel()
         whole = at[0]
         if not self.size:
-            return end_rows(x, whole, at.new_empty(1, 0), llava.image_newline, merged)
+            nothing = at.new_empty(1, 0)
+            return end_rows(x, whole, nothing, llava.image_newline, merged, settings.after)
 
         (rows, columns), (above, left), size = cut(self.size, llava.config)
         if len(at) != 1 + rows * columns:
@@ -103,7 +104,7 @@ class Picture(NamedTuple):
             resized, grid = resample(x, grid, size)
             grid = len(x) + grid
             x = torch.cat((x, resized))
-        return end_rows(x, whole, grid, llava.image_newline, merged)
+        return end_rows(x, whole, grid, llava.image_newline, merged, settings.after)
 
 
 class AnyResProcessor(Processor):
@@ -223,6 +224,11 @@ def positions(pixels, c: LlavaConfig) -> int:
     return sum(counts)
 
 
+def placeholders(pixels) -> int:
+    """How many stand for pixels in a prompt"""
+    return sum(len(getattr(one, "placeholders", (one,))) for one in as_list(pixels))
+
+
 def check_model(llava: Llava, kind: type, shown) -> None:
     """Raises ValueError where something is shown to a model that was not trained on its kind."""
     if not isinstance(llava, kind):
@@ -246,14 +252,21 @@ def chain(visual: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
 
 
 def end_rows(
-    x: Tensor, front: Tensor, grid: Tensor, newline: Tensor, merged: bool
+    x: Tensor, front: Tensor, grid: Tensor, newline: Tensor, merged: bool, after=None
 ) -> tuple[Tensor, Tensor]:
     """Ends each row of positions with newline -> rows, token_at
 
     x (R, D), front (F,) what stands before the grid, grid (h, w), newline (D,). It is one token
     that stands at all ends. Where nothing has merged each end has a row of its own: the average of
-    Eq. 11 over one at many positions would not be the full model's.
+    Eq. 11 over one at many positions would not be the full model's. after: see `DyMU`; newline
+    does not take part in it.
     """
+    if after is not None:
+        x, at = after(*settle(x, torch.cat((front, grid.flatten()))))
+        front, rest = at.split((len(front), grid.numel()))
+        grid = rest.view_as(grid)
+        merged = merged or len(x) < len(at)
+
     ends = len(x) + torch.arange(len(grid), device=x.device) * (not merged)
     x = torch.cat((x, newline.expand(len(grid), -1)))
     grid = torch.cat((grid, ends[:, None]), dim=1)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,13 +23,16 @@ from extras.anyres import Picture
 from extras.devices import choose_device
 from extras.door import announce_download, atomically, check_writable, dump, find
 from extras.options import note
-from extras.thresholds import BUDGETS, find_thresholds, merges, name_of
+from extras.second_stage import second_stage
+from extras.thresholds import BEHIND, BUDGETS, find_thresholds, merges, name_of
 from extras.video import picture_files
 from load import load_model, load_processor
-from model import LlavaConfig, VisionTower
+from model import Llava, LlavaConfig, VisionTower
 
 BATCH = 64  # pictures that share one ranking of their pairs
 FEW = 100  # pictures; thresholds of fewer are not to be relied on
+ENCODER = ("vision_tower.", "multi_modal_projector.", "image_newline")
+ROOM = 2**31  # bytes for the rows of pictures, of all processes
 MOVES = 0.01  # thresholds have settled when a batch moves none of them by more
 
 
@@ -101,7 +104,7 @@ def calibrate(
     floor: float = 0.0,
     enough: bool = False,
 ) -> Iterator[tuple[str, dict]]:
-    """Eq. 4 for each budget over pictures: its name, and what a file of thresholds says of it.
+    """Eq. 4 for low, mid and high over pictures: what a file of thresholds says of each.
 
     read(file) -> pixels (3, H, W). settings, floor: as in `find_thresholds`; enough: stop where the
     thresholds have settled. Under torchrun each process takes every K-th batch, and all yield the
@@ -167,6 +170,54 @@ def of_batches(
     return taus, settled
 
 
+# ---- the second stage ----
+
+
+@torch.inference_mode()
+def calibrate_behind(
+    llava: Llava, read: Callable, files: list[Path], settings: DyMU
+) -> Iterator[tuple[str, dict]]:
+    """The tau of tight and tightest behind settings, which are those of mid.
+
+    read(file) -> what `Llava.encode` takes: all of a picture, for that is what is matched. Pictures
+    are encoded once, as many as there is ROOM for.
+    """
+    rank, world = process()
+    held = []
+
+    def hold(x, token_at):
+        held.append((x, token_at))
+        return x, token_at
+
+    for pixels in read_ahead(read, files[rank::world], "tight, encoding"):
+        llava.encode(pixels, replace(settings, after=hold))
+        if world * sum(x.nbytes for x, _ in held) > ROOM:
+            break
+
+    def tokens(tau):
+        mine = [len(second_stage(tau)(x, token_at)[0]) for x, token_at in held]
+        return [n for part in gather(mine) for n in part]
+
+    N = [n for part in gather([len(token_at) for _, token_at in held]) for n in part]
+    for budget, share in BEHIND.items():
+        least, most = 0.0, 1.0
+        for _ in range(16):
+            tau = (least + most) / 2
+            few = sum(tokens(tau)) < share * sum(N)
+            least, most = (tau, most) if few else (least, tau)
+        counts = tokens(most)
+        yield (
+            budget,
+            {
+                "images": len(counts),
+                "tokens_mean": statistics.fmean(counts),
+                "tokens_std": statistics.pstdev(counts),
+                "after": most,
+                "thresholds": settings.thresholds,
+            },
+        )
+
+
 # ---- the command ----
 
 
@@ -184,16 +235,16 @@ def calibrate_folder(a) -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    llava = load_model(folder, device, a.dtype or "float32", only="vision_tower.")
+    llava = load_model(folder, device, a.dtype or "float32", only=ENCODER)
     order = {file: i for i, file in enumerate(files)}
 
-    def read(file):
+    def read_one(file):
         pixels = processor.image(file)
         if isinstance(pixels, Picture):  # the whole or one of the tiles, in turn
             return pixels.crops[order[file] % len(pixels.crops)]
         return pixels
 
-    skipped = unreadable(read, files)
+    skipped = unreadable(processor.image, files)
     files = [file for file in files if file not in skipped]
     first = process()[0] == 0
     if first:
@@ -214,10 +265,14 @@ def calibrate_folder(a) -> None:
         "batch_size": BATCH,
         "tower": asdict(config.vision_config),
     }
-    for budget, one in calibrate(llava.vision_tower, read, files, config, enough=a.enough):
+    tower = llava.vision_tower
+    for budget, one in calibrate(tower, read_one, files, config, enough=a.enough):
         found[budget] = one
-        if first:
-            print(told(budget, one, config.visual_tokens), flush=True)
+        tell(budget, one, config.visual_tokens)
+    mid = DyMU(thresholds=found["mid"]["thresholds"])
+    for budget, one in calibrate_behind(llava, processor.image, files, mid):
+        found[budget] = one
+        tell(budget, one)
 
     if first:
         write(found, save)
@@ -235,10 +290,14 @@ def where_to_save(save: Path | None, folder: Path) -> Path:
     return save or beside
 
 
-def told(budget: str, one: dict, N: int) -> str:
-    settled = f"settled on {one['settled']}" if one["settled"] else "not settled on these"
-    tokens = f"{one['tokens_mean']:.1f} +- {one['tokens_std']:.1f} of {N} tokens"
-    return f"{budget}: {tokens}; {one['images']} pictures, {settled}"
+def tell(budget: str, one: dict, N: int | None = None) -> None:
+    told = f"{budget}: {one['tokens_mean']:.1f} +- {one['tokens_std']:.1f}"
+    told += f" of {N} tokens" if N else " tokens"
+    told += f"; {one['images']} pictures"
+    if "settled" in one:
+        told += f", settled on {one['settled']}" if one["settled"] else ", not settled on these"
+    if process()[0] == 0:
+        print(told, flush=True)
 
 
 def write(found: dict, save: Path) -> None:

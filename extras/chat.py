@@ -30,23 +30,16 @@ class Session:
     """A model and the pictures that all its prompts are about.
 
     pixels: as `Llava.encode` takes them; expand: read pictures into a cache of all N positions
-    (extras/decoding.py); encode: used in the place of `Llava.encode`. visual: what that gave;
-    reused: how many positions of the last prompt were in the cache.
+    (extras/decoding.py). visual: what `Llava.encode` gave; reused: how many positions of the last
+    prompt were in the cache.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        llava: Llava,
-        pixels,
-        settings: DyMU = DyMU(),
-        expand: bool = False,
-        encode=Llava.encode,
-    ):
+    def __init__(self, llava: Llava, pixels, settings: DyMU = DyMU(), expand: bool = False):
         self.llava = llava
         self.settings = settings
         self.expand = expand
-        self.visual = encode(llava, pixels, settings)
+        self.visual = llava.encode(pixels, settings)
         self.cache = KVCache()
         self.ids = []  # of the last prompt and its answer
         self.reused = 0

@@ -117,7 +117,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("inputs", nargs="*", metavar="IMAGE ... QUESTION", help=inputs)
     where = "Hub id or folder (%(default)s)"
     add("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help=where)
-    budget = "full (default), high, mid, low, all (these four) or a file"
+    budget = "full (default), high, mid, low, all (these four), tight, tightest, or a file"
     add("--tokens", default="full", metavar="T", help=budget)
     queries = "queries per token: all (default), 1, 2, ...; off: no VTU"
     add("--vtu", type=vtu, default="all", metavar="Q", help=queries)
@@ -125,8 +125,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--chat", action="store_true", help=converse)
     evenly = "of a video, evenly spread (%(default)s)"
     add("--frames", type=number(int, 1), default=8, metavar="N", help=evenly)
-    joins = "join what is more alike than this to the frame before"
-    add("--temporal", type=number(float, -1, 1), metavar="TAU", help=joins)
+    once_more = "behind the projector, merge what is more alike than this once more"
+    add("--after", type=number(float, -1, 1), metavar="TAU", help=once_more)
     merge_by = "merge by threshold (default), or a fixed number"
     add("--method", default="dtome", choices=("dtome", "tome"), help=merge_by)
     add("--expand-cache", action="store_true", help="a cache of all N positions: faster, larger")

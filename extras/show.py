@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from extras.anyres import AnyResProcessor
-from extras.door import atomically, note
-from extras.video import several_pictures
+from extras.door import atomically
+from extras.options import note
+from extras.video import Frames, several_pictures
 from load import width_height
 from model import as_list
 
@@ -84,6 +85,7 @@ def patches(config, pixels: list, visual: list[tuple[Tensor, Tensor]]) -> list[T
     """
     found = []
     n = 0  # tokens of the pictures before
+    pixels = [view for one in pixels for view in (one.frames if type(one) is Frames else [one])]
     for one, (x, at) in zip(pixels, visual):
         at = n + at.cpu()
         n += len(x)

@@ -18,10 +18,16 @@ from extras.door import atomically, download, dump, one_line, read_json
 from extras.families import section
 from extras.options import note
 from extras.sampled import spread
+from extras.second_stage import second_stage
 from model import LlavaConfig, VisionTower, check_layers
 
 # the share of the N tokens that is left, on average over pictures
 BUDGETS = {"low": 93 / 576, "mid": 208 / 576, "high": 392 / 576}
+
+# not in the paper: the same, of mid in the encoder and a second stage behind the projector
+BEHIND = {"tight": 0.10, "tightest": 0.05}
+
+NAMES = (*BUDGETS, *BEHIND)
 
 # checkpoints of the authors, and a file of thresholds in a repository on the Hub
 PICKLES = (".pth", ".pt", ".bin")
@@ -137,7 +143,7 @@ def settings(a: Namespace, folder: Path, processor) -> dict[str, DyMU]:
 
     a: the options. Raises ValueError where there are no thresholds.
     """
-    decoder = {"vtu": a.vtu != "off", "queries": None}
+    decoder = {"vtu": a.vtu != "off"} | second(a.after)
     if a.vtu.isdecimal():
         decoder["queries"] = spread(int(a.vtu))
 
@@ -153,7 +159,8 @@ def settings(a: Namespace, folder: Path, processor) -> dict[str, DyMU]:
         else:
             thresholds, provenance = read_thresholds(name, folder, processor.config)
             preprocessing.add(provenance.get("preprocessing"))
-            found[name] = DyMU(thresholds=thresholds, **decoder)
+            after = provenance.get("after") if a.after is None else a.after
+            found[name] = DyMU(thresholds=thresholds, **decoder | second(after))
 
     ours = "pad" if processor.pad else "crop"
     for other in preprocessing - {None, ours}:
@@ -161,16 +168,22 @@ def settings(a: Namespace, folder: Path, processor) -> dict[str, DyMU]:
     return found
 
 
+def second(tau: float | None) -> dict:
+    """A second stage among the settings, if there is one"""
+    return {} if tau is None else {"after": second_stage(tau)}
+
+
 def read_thresholds(
     spec: str, folder: Path, config: LlavaConfig, similarity: Callable = similar_keys
 ) -> tuple[tuple[float, ...], dict]:
     """The tau_i that spec names, and the provenance that came with them.
 
-    spec: low, mid or high, looked for in the checkpoint's folder, then among those shipped for its
-    vision tower; or a file, or OWNER/REPO/FILE on the Hub: a JSON list, one that `demo.py
-    --calibrate` wrote (FILE:mid, FILE:high name another budget than low), or a checkpoint of the
-    authors (.pth), of which the thresholds alone are read. Raises ValueError for thresholds that
-    were found with another similarity.
+    spec: low, mid, high, tight or tightest, looked for in the checkpoint's folder, then among those
+    shipped for its vision tower; or a file, or OWNER/REPO/FILE on the Hub: a JSON list, one that
+    `demo.py --calibrate` wrote (FILE:mid, FILE:high name another budget than low), or a checkpoint
+    of the authors (.pth), of which the thresholds alone are read. The provenance's "after" is the
+    tau of a second stage, or None. Raises ValueError for thresholds that were found with another
+    similarity.
     """
     file, budget = find_file(spec, folder, config)
     data = read_pth(file) if file.suffix in PICKLES else read_json(file, (dict, list))
@@ -181,7 +194,9 @@ def read_thresholds(
     if "thresholds" not in data:
         budget = budget or next((b for b in BUDGETS if b in data), "low")
         values = data.get(budget)
+    after = None
     if isinstance(values, dict):
+        after = values.get("after")
         values = values.get("thresholds")
 
     name = name_of(similarity)
@@ -192,25 +207,27 @@ def read_thresholds(
     most = 1 if similarity is similar_keys else 1e9
     if not isinstance(values, list) or not all(is_number(tau, most) for tau in values):
         raise ValueError(f"{file}: thresholds must be a list of numbers from -{most} to {most}")
+    if after is not None and not is_number(after, 1):
+        raise ValueError(f"{file}: after is {after!r}, not a number from -1 to 1")
     thresholds = tuple(float(tau) for tau in values)
     tower = config.vision_config.num_hidden_layers
     check_layers(DyMU(thresholds=thresholds), config.vision_layers, tower)
-    return thresholds, data
+    return thresholds, data | {"after": after}
 
 
 def find_file(spec: str, folder: Path, config: LlavaConfig) -> tuple[Path, str]:
     """Where spec's thresholds are, and under which budget if spec says so"""
-    if spec in BUDGETS:
+    if spec in NAMES:
         return known_file(spec, folder, config), spec
 
     name, _, budget = spec.rpartition(":")
-    if budget not in BUDGETS:
+    if budget not in NAMES:
         name, budget = spec, ""
     if Path(name).is_file():
         return Path(name), budget
     if there := re.fullmatch(ON_THE_HUB, name):
         return hub_file(there[1], there[2]), budget
-    known = "none of full, high, mid, low and all"
+    known = f"none of full, {', '.join(NAMES)} and all"
     raise ValueError(f"--tokens {spec!r} is {known}, and not a file, here or on the Hub")
 
 

@@ -1,4 +1,4 @@
-"""Videos: frames from files, LLaVA-OneVision's way to see them, joining what stands still.
+"""Videos: frames from files, LLaVA-OneVision's way to see them, and that of other models.
 
 For who asks about a film, a GIF or a folder of frames. LLaVA-OneVision has a placeholder of its own
 for a video; to other models its frames are pictures.
@@ -7,7 +7,7 @@ for a video; to other models its frames are pictures.
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from huggingface_hub.dataclasses import strict
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from dymu import DyMU, average, cosine
+from dymu import DyMU
 from extras import anyres
 from extras.door import one_line, read_picture
 from extras.families import supported
@@ -53,8 +53,7 @@ class OneVisionConfig(anyres.AnyResConfig):
 
 class Video(NamedTuple):
     frames: Tensor  # (F, 3, H, W)
-    temporal: float | None = None  # joins its frames, see `join`
-    placeholder = "<video>"
+    placeholders = ("<video>",)
 
     def grids(self, c: OneVisionConfig) -> list[tuple[int, int]]:
         """(rows, columns) of its positions: of each frame, pooled 2 x 2; and one newline"""
@@ -72,12 +71,11 @@ class Video(NamedTuple):
         for frame in at:
             pooled, grid = anyres.resample(x, frame.view(g, g), size)
             frames.append((pooled, grid.flatten()))
-        if self.temporal is not None:
-            frames = join(frames, self.temporal)
 
         x, maps = anyres.chain(frames)
         nothing = at.new_empty(1, 0)  # stands before the one newline
-        return anyres.end_rows(x, torch.cat(maps), nothing, llava.image_newline, merged=True)
+        newline = llava.image_newline
+        return anyres.end_rows(x, torch.cat(maps), nothing, newline, True, settings.after)
 
 
 class OneVision(anyres.AnyRes):
@@ -111,60 +109,56 @@ class OneVisionProcessor(anyres.AnyResProcessor):
         return Video(torch.stack(self.all_frames(frames)))
 
 
-# ---- Joining: not in the paper, which names it as future work ----
+# ---- Other models ----
 
 
-def join(visual: list[tuple[Tensor, Tensor]], threshold: float) -> list[tuple[Tensor, Tensor]]:
-    """A token that is like one of the frame before joins it: what stands still costs one frame.
+class Frames:
+    """A video for a model that sees each frame as a picture: one in which `after` sees them all.
 
-    visual: of each frame (or picture) x (N_un, D), token_at (N,), as `Llava.encode` gives them ->
-    of each the tokens that are new in it, and its map, where a negative number is a token of a
-    frame before it, as in `Llava.splice`. A token joins where the cosine is above the threshold.
-    It stands in both frames then, so that the next frame's may join it, too, and is the average
-    over all its positions. Raises ValueError for a threshold that is no cosine.
+    frames: what the processor makes of each: (3, H, W), or a `Picture` without tiles
     """
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"temporal is {threshold}; it is a cosine, from -1 to 1")
-    if not visual:
-        return []
 
-    x = visual[0][0][:0]
-    size = torch.zeros(0, device=x.device)
-    maps = []  # of each frame over all tokens so far
-    starts = []  # how many tokens there were before it
-    for new, at in visual:
-        n = len(x)
-        goes_to = n + torch.arange(len(new), device=x.device)
-        if maps:
-            before = maps[-1].unique()  # the tokens that stand in the frame before
-            similarity = cosine(torch.cat((new, x[before])))
-            score, partner = similarity[: len(new), len(new) :].max(dim=-1)
-            joins = score > threshold
-            goes_to = torch.where(joins, before[partner], n - 1 + (~joins).cumsum(0))
+    def __init__(self, frames: list):
+        self.frames = frames
+        self.placeholders = ("<image>",) * len(frames)
 
-        left = n + int((goes_to >= n).sum())
-        x = torch.cat((x, new))
-        size = torch.cat((size, torch.bincount(at).to(size)))
-        if left < len(x):
-            goes_to_all = torch.cat((torch.arange(n, device=x.device), goes_to))
-            x, size = average(x, goes_to_all, left, size)
+    def grids(self, c) -> list[tuple[int, int]]:
+        """(rows, columns) of each frame's positions, as of all of its `Picture`'s"""
+        return [(1, anyres.positions(frame, c)) for frame in self.frames]
 
-        maps.append(goes_to[at])
-        starts.append(n)
+    def encode(self, llava, settings: DyMU) -> list[tuple[Tensor, Tensor]]:
+        """Of each frame rows and token_at, in which a number below 0 is a row of one before it."""
+        visual = llava.encode(self.frames, replace(settings, after=None))
+        if settings.after is None:
+            return visual
 
-    ends = [*starts[1:], len(x)]
-    return [(x[start:end], at - start) for start, end, at in zip(starts, ends, maps)]
+        # a newline, which never merges, is a frame's last row, at its last position
+        newlines = [x[-1:] if isinstance(llava, anyres.AnyRes) else x[:0] for x, _ in visual]
+        positions = [at[: len(at) - len(end)] for (_, at), end in zip(visual, newlines)]
+        rows = [x[: len(x) - len(end)] for (x, _), end in zip(visual, newlines)]
+        x, maps = anyres.chain(list(zip(rows, positions)))
+        x, at = settings.after(x, torch.cat(maps))
+
+        ends = len(x) + torch.arange(len(torch.cat(newlines)), device=x.device)
+        maps = zip(at.split([len(one) for one in maps]), ends.split([len(end) for end in newlines]))
+        return part(torch.cat((x, *newlines)), [torch.cat(one) for one in maps])
 
 
-def encode(llava, pixels, settings: DyMU, temporal: float | None):
-    """`Llava.encode`, with frames and pictures joined; temporal=None: as it is"""
-    if temporal is None:
-        return llava.encode(pixels, settings)
-    pixels = [
-        one._replace(temporal=temporal) if isinstance(one, Video) else one
-        for one in as_list(pixels)
-    ]
-    return join(llava.encode(pixels, settings), temporal)
+def part(x: Tensor, maps: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """x (R, D), and which of these rows stand in each frame -> of each its new rows, token_at
+
+    A number below 0 is a row of a frame before, as in `Llava.splice`.
+    """
+    visual = []
+    new_number = torch.full((len(x),), -1, device=x.device)
+    n = 0
+    for at in maps:
+        old = new_number[at] >= 0
+        new = at[~old].unique()
+        new_number[new] = n + torch.arange(len(new), device=x.device)
+        visual.append((x[new], new_number[at] - n))
+        n += len(new)
+    return visual
 
 
 # ---- Frames from files ----
@@ -193,8 +187,11 @@ def see(processor, shown: list) -> list:
     several = several_pictures(shown)
     pixels = []
     for one in shown:
-        seen = processor.video(one) if isinstance(one, list) else processor.image(one, several)
-        pixels += as_list(seen)
+        if isinstance(one, list):
+            frames = processor.video(one)
+            pixels.append(Frames(frames) if isinstance(frames, list) else frames)
+        else:
+            pixels.append(processor.image(one, several))
     return pixels
 
 

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dymu import DyMU
 from extras.decoding import prefill_expanded, sampler
 from extras.sampled import spread
+from extras.second_stage import second_stage
 from extras.thresholds import find_thresholds
-from extras.video import encode
+from extras.video import Frames
 from load import load
 from model import KVCache
 
@@ -43,13 +44,14 @@ def test_the_watch_sees_what_it_should():
 def test_merged_generation(checkpoint, saved, name, expand, queries):
     llava, processor = load(saved) if name == "llava" else checkpoint(name)[1:3]
     r = (2,) * llava.config.vision_layers
+    frames = processor.video(clip())
     for shown in (
         processor.image([picture((80, 61)), picture((40, 120))]),
-        processor.video(clip()),
+        Frames(frames) if isinstance(frames, list) else frames,
     ):
         ids = processor.prompt(QUESTION, shown)  # these start on the CPU
         with EveryTensorNamesItsDevice():
-            visual = encode(llava, shown, DyMU(r=r), temporal=0.9)
+            visual = llava.encode(shown, DyMU(r=r, after=second_stage(0.9)))
             rows, token_at = llava.splice(ids, visual)
             cache = KVCache()
             if expand:

@@ -1,6 +1,7 @@
 """Every architecture beside LLaVA-1.5's, against transformers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from dymu import DyMU
 from extras.anyres import Picture, positions
 from extras.families import read_config
 from extras.sampled import spread
+from extras.second_stage import second_stage
 from extras.thresholds import find_thresholds
-from extras.video import Video, encode
+from extras.video import Video
 from load import load
 from model import KVCache, as_list
 
@@ -289,6 +291,7 @@ def test_half_precision_runs_and_stays_near(family, dtype):
         both = torch.stack((full.float().flatten(), expected.flatten()))
         assert torch.corrcoef(both)[0, 1] > 0.999
         assert half(ids, pixels, settings).isfinite().all()
-        rows, token_at = half.splice(ids, encode(half, pixels, settings, 0.9))
+        after = replace(settings, after=second_stage(0.9))
+        rows, token_at = half.splice(ids, half.encode(pixels, after))
         answer = half.decode(rows, token_at, KVCache(), max_new_tokens=3, eos=())
         assert len(list(answer)) == 3
