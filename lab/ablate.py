@@ -44,7 +44,17 @@ from extras.families import read_config
 from extras.sampled import spread
 from extras.thresholds import BUDGETS, find_thresholds, read_thresholds, schedule
 from lab.scenes import GRID, HELD_OUT, KINDS, ask, blind_guess, easy_pictures, place_things, scene
-from lab.tables import head, line, save
+from lab.tables import (
+    RESAMPLES,
+    bracket,
+    head,
+    interval,
+    line,
+    mean_and_std,
+    mean_std,
+    resample,
+    save,
+)
 from load import load
 from model import KVCache, Llava, LlavaConfig
 
@@ -133,7 +143,6 @@ SCHEDULE_PAIRS = {
 THRESHOLD_SCENES = 128
 BATCH = 64
 BLIND_SCENES = 5000
-RESAMPLES = 2000
 
 
 # ---- measuring: one picture at a time, in one process per core ----
@@ -302,26 +311,11 @@ def accuracy(pictures: list[dict], kinds, names: list[str]) -> Tensor:
         asked.append(float(len(chosen)))
         right.append([float(sum(p["right"][name][i] for i in chosen)) for name in names])
 
-    n = len(pictures)
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.randint(n, (RESAMPLES, n), generator=generator)
-
-    # how often each picture is drawn
-    times = torch.zeros(draw.shape).scatter_add_(1, draw, torch.ones(draw.shape))
-    times = torch.cat((torch.ones_like(times[:1]), times))
-    return 100 * times @ torch.tensor(right) / (times @ torch.tensor(asked))[:, None]
+    return resample(torch.tensor(right), torch.tensor(asked))
 
 
-def interval(values: Tensor) -> list[float]:
-    """(1 + RESAMPLES,) -> the value and its 95 % interval"""
-    # nan: a resample without such questions
-    ends = values[1:].nanquantile(torch.tensor([0.025, 0.975]))
-    return [round(v, 2) for v in (values[0].item(), *ends.tolist())]
-
-
-def mean_std(pictures: list[dict], name: str) -> list[float]:
-    counts = [p["tokens"][name] for p in pictures]
-    return [round(statistics.fmean(counts), 1), round(statistics.pstdev(counts), 1)]
+def tokens_of(pictures: list[dict], name: str) -> list[int]:
+    return [p["tokens"][name] for p in pictures]
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -343,14 +337,14 @@ def summarise(found: dict[str, list[dict]], names: list[str]) -> dict:
     rows = {}
     for name in names:
         rows[name] = dict(
-            tokens={which: mean_std(found[which], name) for which in SETS},
+            tokens={which: mean_std(tokens_of(found[which], name)) for which in SETS},
             accuracy={column: interval(of[name]) for column, of in share.items()},
         )
 
     complexity = [p["bytes_per_pixel"] for p in found["scenes"]]
     correlation = {}
     for budget in FEW:
-        tokens = [p["tokens"][f"DToMe {budget}, VTU"] for p in found["scenes"]]
+        tokens = tokens_of(found["scenes"], f"DToMe {budget}, VTU")
         correlation[budget] = spearman(complexity, tokens)
 
     asked, blind = without_pictures(found)
@@ -398,7 +392,8 @@ def in_thirds(scenes: list[dict], names: list[str]) -> dict:
         label = f"{third[0]['bytes_per_pixel']:.3f} to {third[-1]['bytes_per_pixel']:.3f}"
         of = dict(zip(names, accuracy(third, KINDS, names).T))
         thirds[label] = {
-            name: dict(tokens=mean_std(third, name), accuracy=interval(of[name])) for name in shown
+            name: dict(tokens=mean_std(tokens_of(third, name)), accuracy=interval(of[name]))
+            for name in shown
         }
     return thirds
 
@@ -447,15 +442,6 @@ def written(settings: DyMU) -> dict:
 
 
 # ---- showing ----
-
-
-def bracket(values, sign="") -> str:
-    return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*values, s=sign)
-
-
-def mean_and_std(values) -> str:
-    mean, std = values
-    return f"{mean:.0f} ± {std:.0f}"
 
 
 def table(results: dict) -> str:

@@ -71,7 +71,7 @@ def test_every_schedule_leaves_the_tokens_of_the_budget(budget, left, kind):
 
 def test_tables_of_ablations_have_all_columns_and_budgets(monkeypatch):
     monkeypatch.setattr(ablate, "BLIND_SCENES", 20)
-    monkeypatch.setattr(ablate, "RESAMPLES", 10)
+    monkeypatch.setattr("lab.tables.RESAMPLES", 10)
     easy = [("a.png", [("easy-VQA", "is there a circle?", "yes")])] * 4
     monkeypatch.setattr(ablate, "easy_list", lambda split: easy)
     names = ["full", *ablate.OTHERS]
