@@ -31,7 +31,7 @@ SHOWCASE += ["--tokens", "all", "--show", "merged.png"]
 
 def note(message: str) -> None:
     """One line for the user, who reads the answer on standard output."""
-    print(f"demo.py: {message}", file=sys.stderr, flush=True)
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message: str) -> None:
@@ -102,6 +102,24 @@ def png(text: str) -> Path:
     return writable(text)
 
 
+def add_common(add) -> None:
+    """What lab/evaluate.py takes, too"""
+    where = "Hub id or folder (%(default)s)"
+    add("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help=where)
+    merge_by = "merge by threshold (default), or a fixed number"
+    add("--method", default="dtome", choices=("dtome", "tome"), help=merge_by)
+    once_more = "behind the projector, merge what is more alike than this once more"
+    add("--after", type=number(float, -1, 1), metavar="TAU", help=once_more)
+    evenly = "of a video, evenly spread (%(default)s)"
+    add("--frames", type=number(int, 1), default=8, metavar="N", help=evenly)
+    longest = "longest answer (%(default)s)"
+    add("--max-new-tokens", type=number(int, 1), default=128, metavar="N", help=longest)
+    add("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
+    add("--device", metavar="D", help="cuda, mps or cpu (default: the first there is)")
+    add("--dtype", metavar="D", help="float32, bfloat16, float16 (default: by checkpoint, device)")
+    add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Ends with one line and exit status 2 for what is wrong."""
     p = Parser(
@@ -115,23 +133,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = p.add_argument
     inputs = "pictures, videos (a GIF, a folder of frames, a film); without a question it asks"
     add("inputs", nargs="*", metavar="IMAGE ... QUESTION", help=inputs)
-    where = "Hub id or folder (%(default)s)"
-    add("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help=where)
+    add_common(add)
     budget = "full (default), high, mid, low, all (these four), tight, tightest, or a file"
     add("--tokens", default="full", metavar="T", help=budget)
     queries = "queries per token: all (default), 1, 2, ...; off: no VTU"
     add("--vtu", type=vtu, default="all", metavar="Q", help=queries)
     converse = "go on asking: each question after the answers before it"
     add("--chat", action="store_true", help=converse)
-    evenly = "of a video, evenly spread (%(default)s)"
-    add("--frames", type=number(int, 1), default=8, metavar="N", help=evenly)
-    once_more = "behind the projector, merge what is more alike than this once more"
-    add("--after", type=number(float, -1, 1), metavar="TAU", help=once_more)
-    merge_by = "merge by threshold (default), or a fixed number"
-    add("--method", default="dtome", choices=("dtome", "tome"), help=merge_by)
     add("--expand-cache", action="store_true", help="a cache of all N positions: faster, larger")
-    longest = "longest answer (%(default)s)"
-    add("--max-new-tokens", type=number(int, 1), default=128, metavar="N", help=longest)
     sampling = "of the sampling; 0 (default): greedy"
     add("--temperature", type=temperature, default=0.0, metavar="T", help=sampling)
     add(
@@ -141,13 +150,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="S",
         help="of the sampling (%(default)s)",
     )
-    add("--device", metavar="D", help="cuda, mps or cpu (default: the first there is)")
-    add("--dtype", metavar="D", help="float32, bfloat16, float16 (default: by checkpoint, device)")
-    add("--pad", action="store_true", help="pad the picture to a square instead of cropping it")
     merged = "save a picture (PNG) of which patches were merged"
     add("--show", type=png, metavar="FILE", help=merged)
     add("--json", action="store_true", help="print one JSON object per budget and nothing else")
-    add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads")
     add("--calibrate", metavar="FOLDER", help="find low, mid and high on its pictures")
     beside = "of --calibrate (default: thresholds.json beside the checkpoint)"
     add("--save", type=writable, metavar="FILE", help=beside)

@@ -42,8 +42,9 @@ def photo(tmp_path):
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """Runs demo.py in this process: -> exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
 
     def run(*argv):
         status = 0
