@@ -10,7 +10,7 @@ from checkpoints import QUESTION, picture
 from dymu import DyMU
 from extras.chat import VICUNA, Session
 from extras.video import read_frames
-from lab import evaluate
+from lab import evaluate, questions
 from lab.evaluate import Asker
 from load import load
 
@@ -344,3 +344,15 @@ def test_bad_options(run, tmp_path, monkeypatch, argv, message):
     before = sorted(tmp_path.rglob("*"))
     assert_refused(run(file, more=more), message)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- how much a session saves ----
+
+
+def test_many_questions_in_one_session_are_answered_as_alone(tmp_path, capsys):
+    argv = "--shape smoke --layers 1 --questions 3 --threads 1 --device cpu --save"
+    questions.main([*argv.split(), str(tmp_path / "q.json")])
+    runs = json.loads((tmp_path / "q.json").read_text())["runs"]
+    assert runs["float32"]["equal"] == 3
+    assert all(len(times) == 3 for times in (runs["float32"]["alone"], runs["float32"]["together"]))
+    assert "| float32 | 3 |" in capsys.readouterr().out

@@ -1,0 +1,134 @@
+"""Twenty questions about one picture at low: in one session, or each in a run of its own.
+
+    python -m lab.questions            # tiny-llava, some 8 minutes on 2 cores; writes
+                                       # lab/questions.json and prints its table
+    python -m lab.questions --render   # only prints the table
+
+Shapes, random weights, photo and lengths are lab/bench.py's; ToMe's r gives the token counts. Time
+is that of the encoder and of all prefills: loading, preprocessing and further tokens are in
+neither. A run of its own encodes the picture and reads the whole prompt. The session encodes once,
+then reads behind the picture alone, where the questions differ from their first token on. The two
+take turns, question by question.
+
+All is done in the dtype that suits the device and again in float32, since answers are to be equal:
+in bfloat16 the two likeliest of 32,064 random logits are often nearer to each other than two orders
+of the same sums.
+"""
+
+import argparse
+import datetime
+import os
+import random
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dymu import DyMU
+from extras.chat import Session
+from extras.devices import choose_device, choose_dtype
+from extras.door import one_line, read_json
+from extras.thresholds import merges
+from lab.bench import IMAGE, PHOTO, SHAPES, STEPS, TEXT, build, machine, number, timed
+from lab.tables import head, line, save
+from model import Llava
+
+
+def measure(a, device, dtype) -> dict:
+    """Of each dtype the seconds of both ways, question by question, and how many answers agree"""
+    llava, theirs, processor = build(a, device, dtype)
+    del theirs
+    settings = DyMU(r=merges("low", processor.config))
+    photo = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(3 * 40 * 30)).resize(PHOTO)
+    pixels = processor.image(photo)
+
+    before = torch.cat((torch.randint(3, IMAGE, (5,)), torch.tensor([IMAGE])))
+    questions = torch.randint(3, IMAGE, (a.questions, TEXT - 5))
+    prompts = [torch.cat((before, question)) for question in questions]
+
+    runs = {}
+    for one in dict.fromkeys((dtype, torch.float32)):
+        name = str(one).removeprefix("torch.")
+        print(f"in {name}", file=sys.stderr)
+        runs[name] = compare(llava.to(one), pixels, settings, prompts)
+    tokens = len(llava.encode(pixels, settings)[0][0])
+    return dict(visual_tokens=tokens, text_tokens=TEXT, photo=PHOTO, runs=runs)
+
+
+def compare(llava: Llava, pixels: Tensor, settings: DyMU, prompts: list[Tensor]) -> dict:
+    def new_session():
+        return Session(llava, pixels, settings)
+
+    ask(new_session(), prompts[0])  # warms up
+    session, encoder = timed(new_session)
+    alone = []
+    together = []
+    equal = 0
+    for i, ids in enumerate(prompts, 1):
+        one, encoder_alone = timed(new_session)
+        answer_alone, prefill_alone = ask(one, ids)
+        answer, prefill = ask(session, ids)
+        alone.append(encoder_alone + prefill_alone)
+        together.append(prefill if i > 1 else encoder + prefill)
+        equal += answer == answer_alone
+        print(f"\r{i} of {len(prompts)} questions", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return dict(alone=alone, together=together, equal=equal)
+
+
+def ask(session: Session, ids: Tensor) -> tuple[list[int], float]:
+    """The answer, and the seconds to its first token"""
+    stream = session.ask(ids, 1 + STEPS, eos=())
+    first, prefill = timed(stream.__next__)
+    return [first, *stream], prefill
+
+
+def table(r: dict) -> str:
+    """From the content of the JSON file alone."""
+    out = [
+        f"{r['shape']}, random weights, {r['visual_tokens']} visual tokens at low; {r['machine']}, "
+        f"{r['threads']} threads, torch {r['torch']}, {r['date']}. Seconds to the first token of "
+        "all questions.",
+        "",
+        *head("", "questions", "each alone", "one session", "ratio", "equal answers"),
+    ]
+    for dtype, found in r["runs"].items():
+        alone = sum(found["alone"])
+        together = sum(found["together"])
+        cells = [number(alone), number(together), f"{together / alone:.3f}", str(found["equal"])]
+        out.append(line(dtype, str(len(found["alone"])), *cells))
+    return "\n".join(out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m lab.questions")
+    p.add_argument("--shape", default="tiny-llava", choices=SHAPES, help="(%(default)s)")
+    p.add_argument("--layers", type=int, default=0, metavar="K", help="only so many decoder layers")
+    p.add_argument("--questions", type=int, default=20, metavar="N", help="(%(default)s)")
+    p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
+    p.add_argument("--dtype", help="(bfloat16 where the device does that well, else as --device)")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
+    beside = Path(__file__).with_name("questions.json")
+    p.add_argument("--save", type=Path, default=beside, metavar="FILE", help="the JSON file")
+    p.add_argument("--render", action="store_true", help="print the table of the JSON file")
+    a = p.parse_args(argv)
+    try:
+        device = choose_device(a.device)
+        dtype = choose_dtype(a.dtype, device, half=True)
+        if not a.render:
+            torch.set_num_threads(a.threads)
+            torch.manual_seed(0)
+            about = dict(shape=a.shape, layers=a.layers, date=datetime.date.today().isoformat())
+            about |= dict(machine=machine(device), cores=os.cpu_count(), threads=a.threads)
+            about |= dict(torch=version("torch"))
+            save(about | measure(a, device, dtype), a.save, depth=3)
+        print(table(read_json(a.save)))
+    except (ValueError, OSError) as e:
+        p.error(one_line(e))
+
+
+if __name__ == "__main__":
+    main()
