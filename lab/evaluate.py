@@ -101,9 +101,10 @@ def all_settings(a, folder: Path, processor: Processor) -> dict[str, DyMU]:
     found = {}
     for tokens in a.tokens:
         for vtu in a.vtu:
-            one = argparse.Namespace(tokens=tokens, vtu=vtu, method=a.method)
+            one = argparse.Namespace(tokens=tokens, vtu=vtu, method=a.method, after=a.after)
             for name, settings in thresholds.settings(one, folder, processor).items():
-                found[name if name == "full" else f"{name}, {vtu}"] = settings
+                plain = not settings.merging and settings.after is None
+                found[name if plain else f"{name}, {vtu}"] = settings
     return found
 
 
