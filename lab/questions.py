@@ -1,6 +1,6 @@
 """Twenty questions about one picture at low: in one session, or each in a run of its own.
 
-    python -m lab.questions            # tiny-llava, some 8 minutes on 2 cores; writes
+    python -m lab.questions            # tiny-llava, some 4 minutes on 2 cores; writes
                                        # lab/questions.json and prints its table
     python -m lab.questions --render   # only prints the table
 
@@ -10,9 +10,9 @@ neither. A run of its own encodes the picture and reads the whole prompt. The se
 then reads behind the picture alone, where the questions differ from their first token on. The two
 take turns, question by question.
 
-All is done in the dtype that suits the device and again in float32, since answers are to be equal:
-in bfloat16 the two likeliest of 32,064 random logits are often nearer to each other than two orders
-of the same sums.
+All is done in the dtype that suits the device, and the first four questions again in float32, since
+answers are to be equal: in bfloat16 the two likeliest of 32,064 random logits are often nearer to
+each other than two orders of the same sums.
 """
 
 import argparse
@@ -32,9 +32,12 @@ from extras.chat import Session
 from extras.devices import choose_device, choose_dtype
 from extras.door import one_line, read_json
 from extras.thresholds import merges
-from lab.bench import IMAGE, PHOTO, SHAPES, STEPS, TEXT, build, machine, number, timed
+from lab.bench import IMAGE, PHOTO, SHAPES, TEXT, build, machine, number, timed
 from lab.tables import head, line, save
 from model import Llava
+
+FEW = 4  # questions in float32
+ANSWER = 8  # tokens
 
 
 def measure(a, device, dtype) -> dict:
@@ -53,7 +56,8 @@ def measure(a, device, dtype) -> dict:
     for one in dict.fromkeys((dtype, torch.float32)):
         name = str(one).removeprefix("torch.")
         print(f"in {name}", file=sys.stderr)
-        runs[name] = compare(llava.to(one), pixels, settings, prompts)
+        some = prompts if one == dtype else prompts[:FEW]
+        runs[name] = compare(llava.to(one), pixels, settings, some)
     tokens = len(llava.encode(pixels, settings)[0][0])
     return dict(visual_tokens=tokens, text_tokens=TEXT, photo=PHOTO, runs=runs)
 
@@ -81,7 +85,7 @@ def compare(llava: Llava, pixels: Tensor, settings: DyMU, prompts: list[Tensor])
 
 def ask(session: Session, ids: Tensor) -> tuple[list[int], float]:
     """The answer, and the seconds to its first token"""
-    stream = session.ask(ids, 1 + STEPS, eos=())
+    stream = session.ask(ids, ANSWER, eos=())
     first, prefill = timed(stream.__next__)
     return [first, *stream], prefill
 
@@ -118,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         device = choose_device(a.device)
         dtype = choose_dtype(a.dtype, device, half=True)
+        if a.render and not a.save.is_file():
+            raise ValueError(f"--save: there is no {a.save}")
         if not a.render:
             torch.set_num_threads(a.threads)
             torch.manual_seed(0)
