@@ -2,6 +2,8 @@
 easy-VQA's train split.
 
     python -m lab.train_tiny OUT      # about an hour and a half on 2 CPU cores
+    python -m lab.train_tiny OUT --control projector      # half an hour, see CONTROLS
+    python -m lab.train_tiny OUT --control tower          # an hour
 
 OUT becomes a checkpoint, with a log in OUT/training.json. All that happens in a step, its data and
 its learning rate too, follows from the step's number, the seed and the number of steps. So a run
@@ -30,13 +32,14 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration
 
 from lab import tables
 from lab.packing import EVERY_KIND, POINTERS, easy_list, easy_sample, pack, scene_sample
@@ -68,6 +71,8 @@ POINTER_LAYER = {"named": 2, "apart": 3, "next": 3}  # each is read from this de
 MUON_RATE = 3e-3
 ADAMW_RATE = 2e-3
 LONGEST_STEP = 10.0  # seconds; what a step takes beyond them, the process was stopped
+INNER = 3  # the encoder layer, of 0 to 6 that run, whose output is `see`'s "inner"
+TINY = Path(__file__).parent.parent / "tiny"
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,29 @@ class Run:
     measure_every: int = 260
     held_out: int = 80
     held_out_at_the_end: int = 1000
+    curriculum: tuple = CURRICULUM
+    muon_rate: float = MUON_RATE
+    dense: tuple = ("features", "tokens")  # the rows of `see` that dense labels are read from
+    from_tiny: bool = False  # starts with the weights of tiny/, but for the projector's
+
+
+# Models that show what does not come from dense labels on the rows that the decoder reads:
+# - projector: only a new projector and tiny/'s decoder learn, from answers and pointers alone;
+#   tiny/'s tower is frozen
+# - tower: all anew, as tiny/ was, but the dense labels are read from an inner encoder layer alone
+CONTROLS = {
+    "projector": Run(
+        steps=1200,
+        seed=2,
+        pictures={GRID: 16},
+        held_out_at_the_end=200,
+        curriculum=((1.00, {GRID: 1.0}),),
+        muon_rate=MUON_RATE / 3,
+        dense=(),
+        from_tiny=True,
+    ),
+    "tower": Run(steps=2300, seed=1, held_out_at_the_end=200, dense=("inner",)),
+}
 
 
 # ---- data ----
@@ -96,7 +124,7 @@ class Batches(Dataset):
     def __getitem__(self, step):
         rng = random.Random(f"{self.run.seed} {step}")
         done = step / self.run.steps
-        shares = next(shares for until, shares in CURRICULUM if done <= until)
+        shares = next(shares for until, shares in self.run.curriculum if done <= until)
         side = rng.choices(list(shares), list(shares.values()))[0]
 
         samples = []
@@ -153,7 +181,10 @@ def held_out_samples(n):
 
 
 def see(model, pixels, cells):
-    """pixels (B, n, n, 3) uint8 of patches `cells` (B, V) -> features, visual tokens: (B, V, D)"""
+    """pixels (B, n, n, 3) uint8 of patches `cells` (B, V) -> rows of three names, (B, V, D) each
+
+    inner: what encoder layer INNER gives; features: what the last gives; tokens: the projector
+    """
     tower = model.model.vision_tower
     mean = torch.tensor(MEAN, device=pixels.device) * 255
     std = torch.tensor(STD, device=pixels.device) * 255
@@ -165,10 +196,14 @@ def see(model, pixels, cells):
     x = torch.cat([first, x + position[cells + 1]], 1)
 
     x = tower.pre_layrnorm(x)
-    for layer in tower.encoder.layers[:-1]:  # layer -2 is read: the last block is never run
+    rows = {}
+    for i, layer in enumerate(tower.encoder.layers[:-1]):  # layer -2 is read: the last never runs
         x = layer(x, attention_mask=None)
-    features = x[:, 1:]
-    return features, model.model.multi_modal_projector(features)
+        if i == INNER:
+            rows["inner"] = x[:, 1:]
+    rows["features"] = x[:, 1:]
+    rows["tokens"] = model.model.multi_modal_projector(rows["features"])
+    return rows
 
 
 def decode(model, batch, tokens):
@@ -209,10 +244,10 @@ def decode(model, batch, tokens):
 # ---- losses ----
 
 
-def build_heads():
+def build_heads(run):
     """The linear heads that only training needs."""
     dense = sum(LABELS.values()) + 2
-    heads = {"features": nn.Linear(WIDTH, dense), "tokens": nn.Linear(WIDTH, dense)}
+    heads = {name: nn.Linear(WIDTH, dense) for name in run.dense}
     heads |= {name: nn.Linear(WIDTH, 2) for name in POINTERS}
     return nn.ModuleDict(heads)
 
@@ -235,17 +270,19 @@ def dense_loss(out, labels):
     return loss
 
 
-def losses(model, heads, batch, done):
+def losses(model, heads, batch, run, done):
     """-> the loss of a batch, and its parts to be shown"""
-    features, tokens = see(model, batch["pixels"], batch["cells"])
-    dense = dense_loss(heads["features"](features), batch["labels"])
-    dense = dense + dense_loss(heads["tokens"](tokens), batch["labels"])
-    loss = dense * (0.5 if done < 0.3 else 0.25)
-    shown = {"dense": dense}
-    if done <= DENSE_ONLY:
-        return loss, shown
+    rows = see(model, batch["pixels"], batch["cells"])
+    loss = 0
+    shown = {}
+    if run.dense:
+        dense = sum(dense_loss(heads[name](rows[name]), batch["labels"]) for name in run.dense)
+        loss = dense * (0.5 if done < 0.3 else 0.25)
+        shown["dense"] = dense
+        if done <= DENSE_ONLY:
+            return loss, shown
 
-    logits, held = decode(model, batch, tokens)
+    logits, held = decode(model, batch, rows["tokens"])
     _, _, target, kind, _, length = batch["answers"].T
     each = F.cross_entropy(logits.float(), target, reduction="none")
     weight = length**-0.5  # between every token alike and every answer alike
@@ -273,7 +310,7 @@ def exact_answers(model, samples, tokenizer, device, size=16):
     for i in range(0, len(samples), size):
         batch = pack(samples[i : i + size], tokenizer)
         batch = {k: v.to(device) for k, v in batch.items()}
-        _, tokens = see(model, batch["pixels"], batch["cells"])
+        tokens = see(model, batch["pixels"], batch["cells"])["tokens"]
         logits, _ = decode(model, batch, tokens)
         hits = logits.argmax(-1) == batch["answers"][:, 2]
 
@@ -311,17 +348,29 @@ def machine(device):
 # ---- training ----
 
 
-def build_optimizers(model, heads):
+def tiny_with(projector):
+    """The model in tiny/ with another projector. Its tower is frozen."""
+    model = LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    model.model.multi_modal_projector = projector
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def build_optimizers(model, heads, run):
     """Muon for the matrices of the blocks; AdamW for embeddings, heads, norms and biases."""
     inner = []
     outer = list(heads.parameters())
     for name, p in model.named_parameters():
         if "encoder.layers.7" in name or "post_layernorm" in name:
             continue  # behind the layer that is read
+        if not p.requires_grad:
+            continue
         matrix_of_a_block = p.dim() == 2 and ".layers." in name
         (inner if matrix_of_a_block else outer).append(p)
 
-    muon = torch.optim.Muon(inner, lr=MUON_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        inner, lr=run.muon_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+    )
     adamw = torch.optim.AdamW(outer, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     return [muon, adamw]
 
@@ -338,10 +387,13 @@ class Training:
         torch.manual_seed(run.seed)  # of the first weights; steps draw no random numbers here
         self.run = run
         self.device = device
-        self.model = build_model(tokenizer).to(device)
-        self.heads = build_heads().to(device)
+        self.model = build_model(tokenizer)
+        if run.from_tiny:
+            self.model = tiny_with(self.model.model.multi_modal_projector)
+        self.model.to(device)
+        self.heads = build_heads(run).to(device)
         self.average = copy.deepcopy(self.model)  # running average of the weights: the result
-        self.optimizers = build_optimizers(self.model, self.heads)
+        self.optimizers = build_optimizers(self.model, self.heads, run)
         self.log = {
             "step": 0,
             "pictures": 0,
@@ -363,7 +415,7 @@ class Training:
 
     def resume(self, file):
         kept = torch.load(file, map_location=self.device, weights_only=True)
-        if kept["run"] != asdict(self.run):
+        if Run(**kept["run"]) != self.run:
             raise SystemExit(f"{file} is of a run with other settings: {kept['run']}")
         for part, state in zip(self.parts(), kept["parts"]):
             part.load_state_dict(state)
@@ -373,12 +425,12 @@ class Training:
     def step(self, batch):
         step = self.log["step"]
         batch = {k: v.to(self.device) for k, v in batch.items()}
-        for optimizer, peak in zip(self.optimizers, (MUON_RATE, ADAMW_RATE)):
+        for optimizer, peak in zip(self.optimizers, (self.run.muon_rate, ADAMW_RATE)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate(step, self.run.steps)
 
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            loss, shown = losses(self.model, self.heads, batch, step / self.run.steps)
+            loss, shown = losses(self.model, self.heads, batch, self.run, step / self.run.steps)
         loss.backward()
         nn.utils.clip_grad_norm_([*self.model.parameters(), *self.heads.parameters()], 1.0)
         for optimizer in self.optimizers:
@@ -466,22 +518,31 @@ def train(out, run, interrupted=lambda step: False, command=""):
 
 def settings(run):
     """The run's, and what stands at the top of this file."""
-    names = ("CURRICULUM", "DENSE_ONLY", "EASY", "SMALL", "CROWDED", "POINTER_LAYER")
-    return asdict(run) | {n.lower(): globals()[n] for n in (*names, "MUON_RATE", "ADAMW_RATE")}
+    names = ("DENSE_ONLY", "EASY", "SMALL", "CROWDED", "POINTER_LAYER", "ADAMW_RATE", "INNER")
+    return asdict(run) | {n.lower(): globals()[n] for n in names}
 
 
 def main():
     parser = argparse.ArgumentParser(description="Trains tiny/ from nothing, or resumes doing so.")
     parser.add_argument("out", type=Path, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=Run.steps, help="of the run (%(default)s)")
-    parser.add_argument("--seed", type=int, default=Run.seed, help="0 to 39 (%(default)s)")
+    parser.add_argument("--control", choices=CONTROLS, help="a control experiment, not tiny/")
+    parser.add_argument("--steps", type=int, help=f"({Run.steps}, or what the control has)")
+    parser.add_argument("--seed", type=int, help=f"0 to 39 ({Run.seed}, or the control's)")
     args = parser.parse_args()
+
+    run = CONTROLS.get(args.control, Run())
+    run = replace(
+        run,
+        steps=run.steps if args.steps is None else args.steps,
+        seed=run.seed if args.seed is None else args.seed,
+    )
 
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
-    command = f"python -m lab.train_tiny OUT --steps {args.steps} --seed {args.seed}"
-    run = Run(steps=args.steps, seed=args.seed)
+    command = f"python -m lab.train_tiny OUT --steps {run.steps} --seed {run.seed}"
+    if args.control:
+        command += f" --control {args.control}"
     if not train(args.out, run, lambda step: stop.is_set(), command):
         print(f"interrupted; to go on: the same command ({command})")
 

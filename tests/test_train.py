@@ -1,11 +1,14 @@
 """The training of tiny/: interrupted and resumed it is the run that was not interrupted."""
 
+import copy
 import json
+from dataclasses import replace
 
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from lab import train_tiny
-from lab.packing import EVERY_KIND, pack, scene_sample
+from lab.packing import EVERY_KIND, POINTERS, pack, scene_sample
 from lab.plot import plot
 from lab.scenes import HELD_OUT, VARIANTS, scene
 from lab.untrained import build_model, build_tokenizer
@@ -69,7 +72,7 @@ def test_packed_questions_are_computed_as_one_prompt_each():
     model = build_model(tokenizer).eval()
     sample = scene_sample(HELD_OUT + 1, variant="crowded")
     batch = pack([sample], tokenizer)
-    _, tokens = train_tiny.see(model, batch["pixels"], batch["cells"])
+    tokens = train_tiny.see(model, batch["pixels"], batch["cells"])["tokens"]
     logits, _ = train_tiny.decode(model, batch, tokens)
 
     processor = train_tiny.build_processor(tokenizer)
@@ -84,6 +87,45 @@ def test_packed_questions_are_computed_as_one_prompt_each():
         torch.testing.assert_close(logits[start : start + n], alone, rtol=1e-4, atol=1e-4)
         start += n
     assert start == len(logits)
+
+
+def test_the_projector_control_leaves_the_tower_of_tiny_as_it_is():
+    control = train_tiny.CONTROLS["projector"]
+    run = replace(control, steps=SHORT.steps, pictures=SHORT.pictures)
+    tokenizer = build_tokenizer()
+    training = train_tiny.Training(run, tokenizer, "cpu")
+    assert set(training.heads) == set(POINTERS)
+    first = copy.deepcopy(training.model.state_dict())
+    for step in range(2):
+        training.step(train_tiny.Batches(run, tokenizer)[step])
+
+    shipped = LlavaForConditionalGeneration.from_pretrained(
+        train_tiny.TINY, dtype=torch.float32
+    ).state_dict()
+    learned = training.model.state_dict()
+    averaged = training.average.state_dict()
+    assert shipped.keys() == learned.keys()
+    for name, value in shipped.items():
+        if "vision_tower" in name:
+            assert torch.equal(learned[name], value)
+            assert torch.equal(averaged[name], value)
+        else:
+            assert torch.equal(first[name], value) == ("projector" not in name)
+            assert not torch.equal(learned[name], first[name])
+
+
+def test_the_tower_control_reads_dense_labels_from_an_inner_layer():
+    run = replace(train_tiny.CONTROLS["tower"], steps=SHORT.steps, pictures=SHORT.pictures)
+    tokenizer = build_tokenizer()
+    training = train_tiny.Training(run, tokenizer, "cpu")
+    batch = train_tiny.Batches(run, tokenizer)[0]
+    loss, shown = train_tiny.losses(training.model, training.heads, batch, run, 0.0)
+    assert list(shown) == ["dense"]
+
+    loss.backward()
+    layers = training.model.model.vision_tower.encoder.layers
+    reached = [layer.mlp.fc1.weight.grad is not None for layer in layers]
+    assert reached == [True] * 4 + [False] * 4
 
 
 def test_variants_are_what_they_say():
