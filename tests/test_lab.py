@@ -3,12 +3,13 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 
 from dymu import DyMU
 from extras.thresholds import schedule
-from lab import ablate, bench
+from lab import ablate, bench, control
 from lab.scenes import HELD_OUT, scene
 from load import find, load
 
@@ -115,6 +116,70 @@ def test_tables_of_ablations_have_all_columns_and_budgets(monkeypatch):
     assert widths == [{8}, {11}, {5}, {5}, {5}, {3}, {3}]
     assert all(f"| {name} |" in tables[0] and f"| {name} |" in tables[1] for name in names)
     assert ablate.small_table(results).count("\n") == 2 + 5 - 1
+
+
+def test_taus_leave_a_tenth_and_a_twentieth_of_the_tokens(monkeypatch):
+    monkeypatch.setattr(control, "TAU_SEEDS", range(6))
+    llava, processor = load("tiny")
+    first = DyMU(r=(10,) * 7)
+    taus = control.taus_behind(find("tiny"), first)
+    assert len(taus) == len(control.FEW)
+    for tau, budget in zip(taus, control.FEW):
+        second = replace(first, after=control.second_stage(tau))
+        pictures = [processor.image(scene(seed).image) for seed in control.TAU_SEEDS]
+        counts = [len(llava.encode(pixels, second)[0][0]) for pixels in pictures]
+        wanted = 256 * ablate.SHARES[budget]
+        assert len(set(counts)) > 1 and abs(sum(counts) / 6 - wanted) <= 1
+
+
+def test_controls_are_compared_with_their_own_full_length(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("lab.tables.RESAMPLES", 10)
+    names = [control.FULL, "mid, then 5 %", "mid, then 5 %, no VTU"]
+
+    # of two models: at full length the second has half, and the last row costs both all they have
+    models = {}
+    for model, share in (("tiny", 1), ("other", 0.5)):
+        pictures = []
+        for seed in range(4):
+            questions = scene(HELD_OUT + seed).questions[:4]
+            right = [i < 4 * share for i in range(4)]
+            pictures.append(
+                {
+                    "questions": questions,
+                    "tokens": {name: 10 + seed for name in names},
+                    "right": dict(zip(names, (right, right, [False] * 4))),
+                }
+            )
+        models[model] = dict(questions=16, rows=control.summarise(pictures, names))
+    assert models["other"]["rows"]["mid, then 5 %"]["accuracy"] == [50, 50, 50]
+    assert models["other"]["rows"]["mid, then 5 %"]["minus_full"] == [0, 0, 0]
+
+    file = tmp_path / "control.json"
+    file.write_text(json.dumps(dict(scenes=4, models=models)))
+    monkeypatch.setattr(sys, "argv", ["control", "--render", "--save", str(file)])
+    control.main()
+    *_, last = capsys.readouterr().out.splitlines()
+    all_lost = ("-100.0 [-100.0, -100.0]", "-50.0 [-50.0, -50.0]")
+    cells = " | ".join(f"11.5 ± 1.1 | {lost}" for lost in all_lost)
+    assert last == f"| mid, then 5 %, no VTU | {cells} |"
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        ("--render --save {}/none.json", "there is no"),
+        ("--control {} --save {}/new.json", "has no config.json"),
+        ("--n 0", "--n must be at least 1"),
+    ],
+)
+def test_controls_say_at_once_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, why):
+    argv = ["control", *arguments.replace("{}", str(tmp_path)).split()]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        control.main()
+    assert stop.value.code == 2
+    assert why in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_benchmark_counts_the_rows_of_the_decoder(tmp_path, monkeypatch, capsys):
