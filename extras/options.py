@@ -29,9 +29,12 @@ SHOWCASE = ["what is in the image from left to right?", "--model", "tiny"]
 SHOWCASE += ["--tokens", "all", "--show", "merged.png"]
 
 
+program = "demo.py"  # a command of lab/ puts its own name here
+
+
 def note(message: str) -> None:
     """One line for the user, who reads the answer on standard output."""
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    print(f"{program}: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message: str) -> None:

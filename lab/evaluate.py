@@ -242,4 +242,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    options.program = "lab.evaluate"
     main()

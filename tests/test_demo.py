@@ -42,9 +42,8 @@ def photo(tmp_path):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(capsys):
     """Runs demo.py in this process: -> exit status, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["demo.py"])
 
     def run(*argv):
         status = 0

@@ -143,7 +143,7 @@ def test_model_args_are_the_command_lines(capsys):
 @pytest.mark.parametrize(
     "args, complaint",
     [
-        (dict(tokens="lo"), "none of full, high, mid, low"),
+        (dict(tokens="lo"), "none of full, low, mid, high"),
         (dict(tokens="all"), "--config takes a list"),
         (dict(vtu=0), "argument --vtu"),
         (dict(pad="yes"), "argument --pad"),
