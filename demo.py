@@ -102,7 +102,8 @@ def reply(a, sessions: dict[str, Measured], question: str) -> dict[str, Report]:
         ids = session.prompt(question)
         pick = sampler(a.temperature, a.seed, session.visual[0][0].device)
         stream = None if several or a.json else partial(print, end="", flush=True)
-        report = session.reply(ids, a.max_new_tokens, pick, stream)
+        stoppable = chat.a_person_asks(a) and not several
+        report = session.reply(ids, a.max_new_tokens, pick, stream, stoppable)
         reports[name] = report
         if a.chat:
             session.turns.append((question, report.answer))

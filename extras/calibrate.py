@@ -175,9 +175,9 @@ def of_batches(
 
 @torch.inference_mode()
 def calibrate_behind(
-    llava: Llava, read: Callable, files: list[Path], settings: DyMU
+    llava: Llava, read: Callable, files: list[Path], settings: DyMU, shares: dict = BEHIND
 ) -> Iterator[tuple[str, dict]]:
-    """The tau of tight and tightest behind settings, which are those of mid.
+    """The tau of each share of the tokens behind settings: of tight and tightest behind mid.
 
     read(file) -> what `Llava.encode` takes: all of a picture, for that is what is matched. Pictures
     are encoded once, as many as there is ROOM for.
@@ -199,7 +199,7 @@ def calibrate_behind(
         return [n for part in gather(mine) for n in part]
 
     N = [n for part in gather([len(token_at) for _, token_at in held]) for n in part]
-    for budget, share in BEHIND.items():
+    for budget, share in shares.items():
         least, most = 0.0, 1.0
         for _ in range(16):
             tau = (least + most) / 2
@@ -245,7 +245,7 @@ def calibrate_folder(a) -> None:
         return pixels
 
     skipped = unreadable(processor.image, files)
-    files = [file for file in files if file not in skipped]
+    files = dealt_out([file for file in files if file not in skipped])
     first = process()[0] == 0
     if first:
         for why in skipped.values():
@@ -279,6 +279,12 @@ def calibrate_folder(a) -> None:
         print(f"wrote {save}; {len(skipped)} pictures skipped")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def dealt_out(files: list) -> list:
+    """Neighbours, which are often alike, go to different batches."""
+    batches = max(-(-len(files) // BATCH), 1)
+    return [file for i in range(batches) for file in files[i::batches]]
 
 
 def where_to_save(save: Path | None, folder: Path) -> Path:

@@ -125,12 +125,17 @@ def typed() -> Iterator[str]:
             yield line
 
 
+def a_person_asks(a) -> bool:
+    """a: the options"""
+    return sys.stdin.isatty() and (a.question is None or a.chat)
+
+
 @contextlib.contextmanager
 def unless_stopped(a):
-    """Where a person asks, what is wrong with a question, or Ctrl-C, is not the end; a: options"""
+    """Where a person asks, what is wrong with a question, or Ctrl-C, is not the end."""
     try:
         yield
     except (ValueError, KeyboardInterrupt) as e:
-        if not sys.stdin.isatty() or a.question is not None and not a.chat:
+        if not a_person_asks(a):
             raise
         note("stopped" if isinstance(e, KeyboardInterrupt) else one_line(e))

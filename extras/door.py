@@ -80,12 +80,13 @@ def check_writable(file: Path) -> None:
 def read_picture(picture) -> Image.Image:
     """A PIL image or the path of one -> upright, RGB. Transparency is laid on white."""
     try:
+        image = picture
         if not isinstance(picture, Image.Image):
             if Path(picture).exists() and not Path(picture).is_file():
                 raise OSError("it is not a file")
-            picture = Image.open(picture)
+            image = Image.open(picture)
 
-        image = ImageOps.exif_transpose(picture)
+        image = ImageOps.exif_transpose(image)
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -23,6 +23,9 @@ EXAMPLES = """examples:
 # what --calibrate goes by, the last two alone
 CALIBRATION = ("calibrate", "model", "pad", "device", "dtype", "threads", "save", "enough")
 
+# what is rather a misspelt file than a question
+PICTURE = r"\S+\.(jpe?g|png|gif|webp|bmp|tiff?|mp4|mov|mkv|avi|webm)"
+
 # what is shown without arguments
 SAMPLE = Path(__file__).parent.with_name("tiny") / "sample.png"
 SHOWCASE = ["what is in the image from left to right?", "--model", "tiny"]
@@ -178,8 +181,8 @@ def check(a: argparse.Namespace, given: set[str]) -> None:
     """
     if a.calibrate is not None and a.inputs:
         fail("--calibrate takes a folder alone")
-    if a.calibrate is not None and not Path(a.calibrate).is_dir():
-        fail(f"{a.calibrate} is not a folder")
+    if a.calibrate is not None and not (a.calibrate and Path(a.calibrate).is_dir()):
+        fail(f"{a.calibrate!r} is not a folder")
     wrong = given - set(CALIBRATION) if a.calibrate is not None else given & set(CALIBRATION[-2:])
     for name in sorted(wrong):
         option = f"--{name.replace('_', '-')}"
@@ -192,6 +195,8 @@ def check(a: argparse.Namespace, given: set[str]) -> None:
     asked = len(a.inputs) > 1 and not os.path.exists(a.inputs[-1])
     a.pictures = a.inputs[:-1] if asked else a.inputs
     a.question = a.inputs[-1] if asked else None
+    if asked and re.fullmatch(PICTURE, a.question, re.I):
+        fail(f"{a.question} is no question, and there is no such file")
     for name in a.pictures:
         if not name.strip():
             fail("the name of a picture is empty")

@@ -65,10 +65,12 @@ class Measured(Session):
     def prompt(self, question: str, system: str = "") -> torch.Tensor:
         return self.processor.prompt(question, self.pixels, self.turns, system)
 
-    def reply(self, ids, max_new_tokens: int = 128, pick=torch.argmax, stream=None) -> Report:
+    def reply(
+        self, ids, max_new_tokens: int = 128, pick=torch.argmax, stream=None, stoppable=False
+    ) -> Report:
         """The answer to ids (T,); stream, if there is one, is called with each new piece of it.
 
-        Ctrl-C ends it where it is, but not before the first piece.
+        stoppable: Ctrl-C ends it where it is, but not before the first piece
         """
         encoder_s = 0.0 if self.ids else self.encoder_s
         new = []
@@ -86,7 +88,7 @@ class Measured(Session):
                     stream(text[len(streamed) :])
                     streamed = text
         except KeyboardInterrupt:
-            if not new:
+            if not (stoppable and new):
                 raise
         end = time.perf_counter()
 

@@ -31,6 +31,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -196,32 +197,40 @@ def thresholds_on(folder: Path, r: tuple[int, ...], level: float | None) -> tupl
 
 
 def all_settings(folder: Path, pool: ProcessPoolExecutor) -> dict[str, DyMU]:
-    """The rows.
+    """The rows."""
+    config = read_config(folder)
+    jobs = [(merges(config, budget, kind), level) for budget, kind, level in OTHERS.values()]
+    found = pool.map(functools.partial(thresholds_on, folder), *zip(*jobs))
+    rows = {"full": DyMU()} | unmerged(in_encoder(folder, pool, SHARES))
+    return rows | {name: DyMU(thresholds=taus) for name, taus in zip(OTHERS, found)}
+
+
+def in_encoder(folder: Path, pool: ProcessPoolExecutor, budgets) -> dict[str, DyMU]:
+    """ToMe and DToMe at these budgets.
 
     The thresholds of low, mid and high are the checkpoint's own if it has any; all others are found
     here.
     """
     config = read_config(folder)
-    r = {budget: merges(config, budget, SCHEDULES[budget]) for budget in SHARES}
+    r = {budget: merges(config, budget, SCHEDULES[budget]) for budget in budgets}
 
     found = {}
     if (folder / "thresholds.json").is_file():
-        found = {budget: read_thresholds(budget, folder, config)[0] for budget in BUDGETS}
+        found = {b: read_thresholds(b, folder, config)[0] for b in BUDGETS if b in r}
+    rest = [budget for budget in r if budget not in found]
+    find_one = functools.partial(thresholds_on, folder, level=None)
+    found |= zip(rest, pool.map(find_one, [r[budget] for budget in rest]))
 
-    jobs = {budget: (r[budget], None) for budget in SHARES if budget not in found}
-    for name, (budget, kind, level) in OTHERS.items():
-        jobs[name] = merges(config, budget, kind), level
-    find_one = functools.partial(thresholds_on, folder)
-    found |= zip(jobs, pool.map(find_one, *zip(*jobs.values())))
+    ways = {f"ToMe {budget}": DyMU(r=r[budget]) for budget in r}
+    return ways | {f"DToMe {budget}": DyMU(thresholds=found[budget]) for budget in r}
 
-    ways = {f"ToMe {budget}": dict(r=r[budget]) for budget in SHARES}
-    ways |= {f"DToMe {budget}": dict(thresholds=found[budget]) for budget in SHARES}
-    rows = {"full": DyMU()}
-    for way, merging in ways.items():
+
+def unmerged(ways: dict[str, DyMU]) -> dict[str, DyMU]:
+    """Each way to merge with each of VTU"""
+    rows = {}
+    for way, settings in ways.items():
         for name, unmerging in VTU.items():
-            rows[f"{way}, {name}"] = DyMU(**merging, **unmerging)
-    for name in OTHERS:
-        rows[name] = DyMU(thresholds=found[name])
+            rows[f"{way}, {name}"] = dataclasses.replace(settings, **unmerging)
     return rows
 
 
@@ -232,11 +241,13 @@ def easy_list(split: str) -> list[tuple[str, list[tuple[str, str, str]]]]:
 
 
 @torch.inference_mode()
-def examine(folder: Path, rows: dict[str, DyMU], name: str, number: int) -> dict:
+def examine(
+    folder: Path, rows: dict[str, DyMU], name: str, number: int, encode: Callable = Llava.encode
+) -> dict:
     """One picture of a set: what each row leaves of its tokens, and answers rightly.
 
     name: of the set; number: the scene's seed, or that of easy-VQA's picture. A picture is encoded
-    once for each way of merging.
+    once for each way of merging, by what takes and gives the same as `Llava.encode`.
     """
     llava, processor = loaded(folder, "cpu", "float32")
     if name == "easy-VQA":
@@ -257,11 +268,11 @@ def examine(folder: Path, rows: dict[str, DyMU], name: str, number: int) -> dict
         ids = torch.cat((processor.prompt(question), torch.tensor(told[:-1])))
         asked.append((ids, told))
 
-    encode = functools.cache(lambda merging: llava.encode(pixels, merging))
+    once = functools.cache(lambda merging: encode(llava, pixels, merging))
     tokens = {}
     right = {}
     for row, settings in rows.items():
-        visual = encode(dataclasses.replace(settings, vtu=True, queries=None))
+        visual = once(dataclasses.replace(settings, vtu=True, queries=None))
         tokens[row] = len(visual[0][0])
         right[row] = right_answers(llava, visual, settings, asked)
 
@@ -438,6 +449,7 @@ def written(settings: DyMU) -> dict:
         r=settings.r,
         vtu=settings.vtu,
         queries=queries,
+        after=getattr(settings.after, "tau", None),
     )
 
 
@@ -571,24 +583,31 @@ def held_out(a: argparse.Namespace) -> dict[str, range]:
     }
 
 
-def measure(a: argparse.Namespace) -> dict:
-    start = time.perf_counter()
-    folder = find(a.model)
-    numbers = held_out(a)
+def examine_all(
+    pool: ProcessPoolExecutor, numbers: dict[str, range], examine_one: Callable
+) -> dict[str, list[dict]]:
+    """Of each set its pictures, as `examine` gives them.
+
+    numbers: see `held_out`; examine_one: `examine` with all but its name and number
+    """
     todo = [(which, number) for which, of in numbers.items() for number in of]
-
     found = {which: [] for which in numbers}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(a.processes, context, torch.set_num_threads, (1,)) as pool:
-        print("finding thresholds", file=sys.stderr)
-        rows = all_settings(folder, pool)
-        examined = pool.map(functools.partial(examine, folder, rows), *zip(*todo))
-        for i, ((which, _), picture) in enumerate(zip(todo, examined), 1):
-            found[which].append(picture)
-            print(f"\r{i} of {len(todo)} pictures", end="", file=sys.stderr, flush=True)
+    examined = pool.map(examine_one, *zip(*todo))
+    for i, ((which, _), picture) in enumerate(zip(todo, examined), 1):
+        found[which].append(picture)
+        print(f"\r{i} of {len(todo)} pictures", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    return found
 
-    config = read_config(folder)
+
+def processes(n: int) -> ProcessPoolExecutor:
+    """Of one thread each"""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(n, context, torch.set_num_threads, (1,))
+
+
+def provenance(a: argparse.Namespace, folder: Path) -> dict:
+    numbers = held_out(a)
     weights = (folder / "model.safetensors").read_bytes()
     cpu = torch.backends.cpu.get_cpu_capability()
     about = dict(
@@ -597,8 +616,6 @@ def measure(a: argparse.Namespace) -> dict:
         first_seed=numbers["scenes"][0],
         weights_sha256=hashlib.sha256(weights).hexdigest(),
         pictures={which: len(of) for which, of in numbers.items()},
-        tokens_left={budget: tokens_left(config, budget) for budget in SHARES},
-        left_by_plain_schedules=left_by_plain_schedules(config),
         threshold_scenes=THRESHOLD_SCENES,
         blind_scenes=BLIND_SCENES,
         resamples=RESAMPLES,
@@ -607,18 +624,26 @@ def measure(a: argparse.Namespace) -> dict:
         threads_per_process=1,
         python=platform.python_version(),
     )
-    about |= {package: version(package) for package in ("torch", "pillow", "easy-vqa")}
-    about["settings"] = {name: written(settings) for name, settings in rows.items()}
-
-    results = summarise(found, list(rows))
-    seconds = round(time.perf_counter() - start)
-    return about | results | dict(seconds=seconds)
+    return about | {package: version(package) for package in ("torch", "pillow", "easy-vqa")}
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(
-        prog="python -m lab.ablate", description="Measures the ablations of RESULTS.md."
+def measure(a: argparse.Namespace) -> dict:
+    folder = find(a.model)
+    config = read_config(folder)
+    with processes(a.processes) as pool:
+        rows = all_settings(folder, pool)
+        found = examine_all(pool, held_out(a), functools.partial(examine, folder, rows))
+
+    about = provenance(a, folder) | dict(
+        tokens_left={budget: tokens_left(config, budget) for budget in SHARES},
+        left_by_plain_schedules=left_by_plain_schedules(config),
+        settings={name: written(settings) for name, settings in rows.items()},
     )
+    return about | summarise(found, list(rows))
+
+
+def arguments(name: str, description: str, seed: int = 0) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog=f"python -m lab.{name}", description=description)
     p.add_argument("--model", default="tiny", help="folder of the checkpoint (%(default)s)")
     p.add_argument(
         "--n",
@@ -631,16 +656,21 @@ def main() -> None:
         action="store_true",
         help="1000 scenes, 500 of each variant and all 1000 easy-VQA test pictures",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the held-out scenes (%(default)s)")
+    p.add_argument("--seed", type=int, default=seed, help="of the held-out scenes (%(default)s)")
     p.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="of one thread each (%(default)s)"
     )
     p.add_argument(
-        "--save", type=Path, default=Path("lab/ablate.json"), help="the JSON file (%(default)s)"
+        "--save", type=Path, default=Path(f"lab/{name}.json"), help="the JSON file (%(default)s)"
     )
     p.add_argument(
         "--render", action="store_true", help="measure nothing, print the tables of the JSON file"
     )
+    return p
+
+
+def run(p: argparse.ArgumentParser, measure: Callable, *tables: Callable) -> None:
+    """Measures what the options ask for, and prints the tables of the JSON file."""
     a = p.parse_args()
     try:
         if a.n < 12 or a.processes < 1 or a.seed < 0:
@@ -648,11 +678,15 @@ def main() -> None:
         if not (a.save.is_file() if a.render else a.save.parent.is_dir()):
             raise ValueError(f"--save: there is no {a.save if a.render else a.save.parent}")
         if not a.render:
-            save(measure(a), a.save, depth=2)
-        print(small_table(read_json(a.save)), table(read_json(a.save)), sep="\n\n")
+            start = time.perf_counter()
+            print("finding thresholds", file=sys.stderr)
+            results = measure(a)
+            results["seconds"] = round(time.perf_counter() - start)
+            save(results, a.save, depth=2)
+        print(*(show(read_json(a.save)) for show in tables), sep="\n\n")
     except (ValueError, OSError) as e:
         p.error(one_line(e))
 
 
 if __name__ == "__main__":
-    main()
+    run(arguments("ablate", "Measures the ablations of RESULTS.md."), measure, small_table, table)

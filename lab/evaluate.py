@@ -209,6 +209,8 @@ def evaluate(a) -> list[str]:
     else:
         questions = read_questions(a.file)
         out = a.out or a.file.with_suffix(".answers.jsonl")
+    if out.resolve() == a.file.resolve():
+        raise ValueError(f"--out {out} is the file of questions")
     if not questions:
         raise ValueError(f"{a.file} has no questions, or no pictures")
 

@@ -533,6 +533,18 @@ def test_in_a_terminal_one_may_be_stopped_be_wrong_and_go_on(run, monkeypatch):
     assert "must not hold the image placeholder" in err and "demo.py: stopped" in err
 
 
+@pytest.mark.parametrize("options", [[], ["--json", "--tokens", "all"]])
+def test_an_interrupt_ends_an_answer_that_nobody_can_go_on_from(run, monkeypatch, options):
+    def stopped(self, *args, **more):
+        yield 300
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Llava, "decode", stopped)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what?\nwhy?"))
+    for question in ([ASKED[0]], []):
+        assert run(TINY[0], *question, *TINY[1:-1], "low", *options)[0] == 130
+
+
 def test_inputs_behind_two_dashes_and_names_that_are_not_ascii(run, tmp_path, monkeypatch):
     picture("RGB", (60, 60)).save(tmp_path / "-dash.jpg")
     picture("RGB", (60, 60)).save(tmp_path / "bild ß.jpg")
@@ -671,7 +683,7 @@ def bad_pictures(tmp_path):
     [
         ("missing.jpg", "No such file"),
         (".", "cannot be read"),
-        ("truncated.png", "truncated"),
+        ("truncated.png", "truncated.png' cannot be read: image file is truncated"),
         ("text.jpg", "cannot identify"),
         ("empty.png", "cannot identify"),
         ("bomb.png", "decompression bomb"),
@@ -738,6 +750,8 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
         (["", "Q"], "the name of a picture is empty"),
         (["https://example.org/a.jpg", "Q"], "is a URL"),
         (["PHOTO", "Q", "--save", "a.json"], "--save goes with --calibrate"),
+        (["PHOTO", "no-such.png"], "no-such.png is no question, and there is no such file"),
+        (["--calibrate", ""], "'' is not a folder"),
         (["PHOTO", "Q", "--enough"], "--enough goes with --calibrate"),
         (["--calibrate", ".", "--expand-cache"], "--expand-cache goes not with --calibrate"),
         (["--calibrate", ".", "--tokens", "low"], "--tokens goes not with --calibrate"),

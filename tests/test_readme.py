@@ -218,7 +218,7 @@ def test_the_python_example_runs(page, capsys, monkeypatch):
 def test_options_that_are_named_exist(page, capsys):
     # of lab, torchrun and pip
     others = {"--full", "--shape", "--clip", "--nproc-per-node", "--index-url"}
-    others |= {"--config", "--tasks", "--limit", "--control"}
+    others |= {"--config", "--tasks", "--limit", "--control", "--question"}
     options = set(re.findall(r"`?(--[a-z][a-z-]+)", (ROOT / page).read_text())) - others
     help_text = demo_help(capsys)
     assert all(option in help_text for option in options), options
@@ -231,7 +231,7 @@ def demo_help(capsys):
 
 
 FILES = [("ablate", "ablate"), ("bench", "bench-tiny-llava"), ("bench", "bench-long")]
-FILES += [("questions", "questions"), ("control", "control")]
+FILES += [("questions", "questions"), ("control", "control"), ("second", "second")]
 
 
 @pytest.mark.parametrize("name, file", FILES)
@@ -239,5 +239,5 @@ def test_tables_are_those_of_the_json(name, file):
     module = importlib.import_module(f"lab.{name}")
     results = json.loads((ROOT / "lab" / f"{file}.json").read_text())
     assert module.table(results) in (ROOT / "RESULTS.md").read_text()
-    if file in ("ablate", "bench-tiny-llava"):
+    if file in ("second", "bench-tiny-llava"):
         assert module.small_table(results) in README

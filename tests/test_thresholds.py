@@ -11,7 +11,7 @@ import torch
 from test_load import config_of
 
 from dymu import DyMU, cosine, match
-from extras.calibrate import calibrate
+from extras.calibrate import calibrate, dealt_out
 from extras.families import read_config
 from extras.thresholds import find_thresholds, read_thresholds, schedule
 from model import check_layers
@@ -164,6 +164,12 @@ def test_how_long_it_takes_is_told_after_the_first_batch(
     list(calibrate(llava.vision_tower, lambda f: images[int(f.name)], files, read_config(folder)))
     # one minute a batch, three batches, three budgets, ranked and counted
     assert capsys.readouterr().err.count("about 18 minutes for 6 pictures") == 1
+
+
+def test_neighbours_go_to_different_batches(monkeypatch):
+    monkeypatch.setattr("extras.calibrate.BATCH", 3)
+    assert dealt_out(list(range(7))) == [0, 3, 6, 1, 4, 2, 5]
+    assert dealt_out([1, 2, 3]) == [1, 2, 3] and dealt_out([]) == []
 
 
 # ---- files ----
