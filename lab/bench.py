@@ -2,7 +2,7 @@
 
 Both are on the same weight tensors, in one process.
 
-    python -m lab.bench                          # tiny-llava, 6 to 8 minutes on 2 cores;
+    python -m lab.bench                          # tiny-llava, about 10 minutes on 2 cores;
                                                  # writes lab/bench-tiny-llava.json
     python -m lab.bench --shape llava-1.5-7b     # 14 GB of weights: for a GPU, or for patience
     python -m lab.bench --shape long             # VTU attention alone: 2880 visual tokens,
@@ -12,18 +12,20 @@ Both are on the same weight tensors, in one process.
                                                  # takes the same options
 
 Weights are random at real shapes, so nothing is downloaded, and ToMe's fixed r gives the token
-counts. A round asks transformers (A), then ours at two budgets with each --vtu (B), and so on:
-A B A B. Ratios are of a B and the A before it. Both get the same photo and text, run under
-inference_mode with SDPA, compute one row of logits, choose greedily, and transformers has its own
-cache. One more round, the first, warms up and tells the peak memory of each stage. transformers
-runs the whole vision tower, ours the blocks up to the layer that is read. The JSON has every raw
-time.
+counts. At tight and tightest, of which `leaving` is the second stage, it is mid's. A round asks
+transformers (A), then ours at two budgets with each --vtu (B), and so on: A B A B. Ratios are of a
+B and the A before it. Both get the same photo and text, run under inference_mode with SDPA, compute
+one row of logits, choose greedily, and transformers has its own cache. One more round, the first,
+warms up and tells the peak memory of each stage. transformers runs the whole vision tower, ours the
+blocks up to the layer that is read. The encoder's time has the second stage's in it. The JSON has
+every raw time.
 """
 
 import argparse
 import ctypes
 import datetime
 import gc
+import inspect
 import os
 import platform
 import random
@@ -40,12 +42,13 @@ import torch
 from PIL import Image
 
 import dymu
-from dymu import DyMU, attention, rotate, vtu_attention
+from dymu import DyMU, attention, best, merge, rotate, vtu_attention
 from extras.decoding import prefill_expanded
 from extras.devices import choose_device, choose_dtype
 from extras.door import one_line, read_json
 from extras.sampled import spread as queries
-from extras.thresholds import merges
+from extras.second_stage import most_alike, second_stage
+from extras.thresholds import BEHIND, merges
 from lab.tables import head, line, save
 from load import KEYS, Processor
 from model import KVCache, Llava, TextConfig, rope_table
@@ -65,8 +68,8 @@ SHAPES = {  # the sizes of CLIP's vision tower (at 336 pixels, in patches of 14)
 LONG = dict(heads=32, head_dim=128, N=2880, N_un=450)
 IMAGE, TEXT, STEPS = 32000, 40, 5  # image token; tokens of text, tokens decoded
 PHOTO = (1280, 960)
-BUDGETS = ("full", "high", "mid", "low")  # as shown
-ORDER = ("full", "mid", "low", "high")  # as run, A before each two
+BUDGETS = ("full", "high", "mid", "low", *BEHIND)  # as shown
+ORDER = ("full", "mid", "low", "high", *BEHIND)  # as run, A before each two
 VTU = {way: dict(queries=queries(int(way))) for way in "12"}
 VTU = {"all": {}, **VTU, "off": dict(vtu=False)}
 STAGES = {
@@ -81,6 +84,35 @@ TABLE_1 = {  # as the paper prints
     "mid": (195, 311.5),
     "low": (89, 64.9),
 }
+
+
+# ---- what is done to the tokens ----
+
+
+class leaving(second_stage):  # noqa: N801
+    """A second stage that leaves the share tau of a picture's positions, whatever its rows are.
+
+    Random rows are never alike. So a round of the real matching merges the best pairs, half of what
+    there is to merge. Of 208 rows that takes 10 rounds, where the two last find nothing; on tiny/
+    with its own thresholds it took 5 to 10.
+    """
+
+    def once(self, x, size, token_at):
+        score, partner = most_alike(x)
+        too_many = len(x) - round(self.tau * len(token_at))
+        if too_many <= 0:
+            return None
+        return merge(x, size, token_at, partner, best(score, (too_many + 1) // 2))
+
+
+def merging(budget: str, config, spent: list) -> dict:
+    """DyMU's settings of a budget; spent gets the seconds of each call of its second stage"""
+    if budget == "full":
+        return {}
+    if budget in BEHIND:
+        after = clocked(leaving(BEHIND[budget]), spent)
+        return dict(r=merges("mid", config), after=after)
+    return dict(r=merges(budget, config))
 
 
 # ---- two models, one set of weights ----
@@ -146,8 +178,11 @@ def stream_theirs(theirs, ids, visual):
     # as an index, which is faster: after the slice that logits_to_keep=1 takes, as in generate, a
     # matmul on CPU copies the weights of the whole head
     last = torch.tensor([-1], device=ids.device)
+    # the older name is deprecated, and removed in transformers 5.40
+    name = "cache" if "cache" in inspect.signature(theirs.forward).parameters else "past_key_values"
+    options = {name: cache, "use_cache": True, "logits_to_keep": last}
     while True:
-        logits = theirs(**given, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
+        logits = theirs(**given, **options).logits
         token = int(logits[0, -1].argmax())
         yield cache
         given = dict(input_ids=torch.tensor([[token]], device=ids.device))
@@ -187,6 +222,17 @@ def timed(run):
     return out, time.perf_counter() - start
 
 
+def clocked(function, spent: list):
+    """The same function; spent gets the seconds of each call."""
+
+    def call(*args, **options):
+        out, seconds = timed(lambda: function(*args, **options))
+        spent.append(seconds)
+        return out
+
+    return call
+
+
 def peak_on(device):
     def peak(run):
         """The most bytes held beyond those held before, None where that cannot be told.
@@ -218,19 +264,11 @@ def matching_share(encode) -> float:
     By a clock around each of their calls.
     """
     spent = []
-
-    def clocked(function):
-        def call(*args, **options):
-            out, seconds = timed(lambda: function(*args, **options))
-            spent.append(seconds)
-            return out
-
-        return call
-
-    functions = {name: clocked(getattr(dymu, name)) for name in ("cosine", "match", "merge")}
+    names = ("cosine", "match", "merge")
+    functions = {name: clocked(getattr(dymu, name), spent) for name in names}
     with (
         mock.patch.multiple(dymu, **functions),
-        mock.patch.object(DyMU, "choose", clocked(DyMU.choose)),
+        mock.patch.object(DyMU, "choose", clocked(DyMU.choose, spent)),
     ):
         _, seconds = timed(encode)
     return sum(spent) / seconds
@@ -267,17 +305,19 @@ def measure(a, device, dtype) -> dict:
         return ask(watch, their_pixels, their_encode, stream)
 
     def ask_ours(watch, budget):
-        merging, streams = merging_at[budget], {}
-        for way in a.vtu if merging else ["all"]:  # where nothing merges they are all the same
-            settings = DyMU(**merging, **VTU[way])
-            name = f"{budget}, `{way}`" if merging else budget
+        spent, streams = [], {}
+        given = merging(budget, config, spent)
+        for way in a.vtu if given else ["all"]:  # where nothing merges they are all the same
+            settings = DyMU(**given, **VTU[way])
+            name = f"{budget}, `{way}`" if given else budget
             streams[name] = lambda x, s=settings: stream_ours(ours, ids, x, s)
         if budget == "low":  # what the small cache costs per token
             streams["low, `all`, expanded cache"] = lambda x: stream_ours(
-                ours, ids, x, DyMU(**merging), expand=True
+                ours, ids, x, DyMU(**given), expand=True
             )
-        see, encode = lambda: processor.image(photo), lambda x: ours.encode(x, DyMU(**merging))
-        return ask(watch, see, encode, streams)
+        see, encode = lambda: processor.image(photo), lambda x: ours.encode(x, DyMU(**given))
+        for name, run in ask(watch, see, encode, streams):
+            yield name, dict(run, second_stage=sum(spent))
 
     # Is it the same function of the same input? This warms up, too.
     pixels, there = processor.image(photo), their_pixels()
@@ -288,9 +328,8 @@ def measure(a, device, dtype) -> dict:
     agreement = float(torch.corrcoef(torch.stack((here, there)))[0, 1])
     assert difference < 1e-4 and agreement > 0.9, (difference, agreement)
 
-    merging_at = {b: {} if b == "full" else dict(r=merges(b, config)) for b in BUDGETS}
-    # what a first call keeps for good is no stage's peak
-    ours.encode(pixels, DyMU(**merging_at["low"]))
+    low = DyMU(r=merges("low", config))
+    ours.encode(pixels, low)  # what a first call keeps for good is no stage's peak
     order, share, first, runs = [b for b in ORDER if b in a.tokens], [], {}, {"transformers": []}
     for i in range(-1, a.repeats):  # the first round is the warm-up
         watch = timed if i >= 0 else peak_on(device)
@@ -306,7 +345,7 @@ def measure(a, device, dtype) -> dict:
                     runs.setdefault(name, []).append(run)
                     run["pair"] = len(runs["transformers"]) - 1  # the A to be compared with
             if budget == "low" and i >= 0:
-                share.append(matching_share(lambda: ours.encode(pixels, DyMU(**merging_at["low"]))))
+                share.append(matching_share(lambda: ours.encode(pixels, low)))
     print(file=sys.stderr)
     names = ["transformers", *(name for b in BUDGETS for name in runs if name.split(",")[0] == b)]
     weights, *read = (
@@ -456,6 +495,17 @@ def table(results: dict) -> str:
         notes.append(
             f"- Matching and merging take {spread(share, 100)} % of our encoder's time at low."
         )
+    for b in BEHIND:
+        shares = []
+        for name in [name for name in ours if name.startswith(f"{b},")]:
+            spent = of(name, "second_stage")
+            share = [100 * s / t for s, t in zip(spent, of(name, "first"))]
+            shares.append(f"{name.split()[1]} {spread(share)} %")
+        if shares:
+            notes.append(
+                f"- The second stage takes {spread(spent, 1000)} ms at {b}, of the time to the "
+                f"first token with {', '.join(shares)}."
+            )
     paper = (
         "Table 1 of the paper counts attention in one layer (D = 4096) in millions of "
         "multiply-adds: N² D at full length, 2 N_un² D with VTU. Beside it, per `--vtu`, what is "
@@ -498,7 +548,7 @@ def main() -> None:
     )
     p.add_argument("--shape", default="tiny-llava", choices=(*SHAPES, "long"), help="(%(default)s)")
     p.add_argument("--layers", type=int, default=0, metavar="K", help="only so many decoder layers")
-    p.add_argument("--tokens", nargs="+", default=BUDGETS, choices=BUDGETS, help="(all four)")
+    p.add_argument("--tokens", nargs="+", default=BUDGETS, choices=BUDGETS, help="(all six)")
     p.add_argument("--vtu", nargs="+", default=tuple(VTU), choices=VTU, help="(all four)")
     p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
     p.add_argument(

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dymu import DyMU
 from extras.thresholds import schedule
@@ -183,7 +184,7 @@ def test_controls_say_at_once_what_is_wrong(tmp_path, monkeypatch, capsys, argum
 
 
 def test_the_benchmark_counts_the_rows_of_the_decoder(tmp_path, monkeypatch, capsys):
-    argv = "bench --shape smoke --tokens low --vtu all --repeats 1 "
+    argv = "bench --shape smoke --tokens low tight tightest --vtu all off --repeats 1 "
     argv += "--dtype float32 --device cpu --threads 1 --save"
     monkeypatch.setattr(sys, "argv", [*argv.split(" "), str(tmp_path / "b.json")])
     bench.main()
@@ -191,6 +192,35 @@ def test_the_benchmark_counts_the_rows_of_the_decoder(tmp_path, monkeypatch, cap
     assert {name: run[0]["rows"] for name, run in runs.items()} == {
         "transformers": 576,
         "low, `all`": 93,
+        "low, `off`": 93,
         "low, `all`, expanded cache": 93,
+        "tight, `all`": 58,
+        "tight, `off`": 58,
+        "tightest, `all`": 29,
+        "tightest, `off`": 29,
     }
-    assert "| low, `all` | 93 |" in capsys.readouterr().out
+    for name, (run, *_) in runs.items():
+        spent = run.get("second_stage", 0)
+        assert spent < run["encoder"] and (spent > 0) == name.startswith("tight"), name
+    printed = capsys.readouterr().out
+    assert "| low, `all` | 93 |" in printed
+    assert re.search(
+        r"second stage takes \S+ \[.*\] ms at tightest, .* with `all` .* %, `off`", printed
+    )
+
+
+@pytest.mark.parametrize("share", [0.10, 0.05])
+def test_the_second_stage_of_the_benchmark_matches_and_reaches_its_share(share, monkeypatch):
+    seen = []
+
+    def most_alike(x):
+        seen.append(len(x))
+        return real(x)
+
+    real = bench.most_alike
+    monkeypatch.setattr(bench, "most_alike", most_alike)
+    token_at = torch.arange(576) % 208
+    x, at = bench.leaving(share)(torch.randn(208, 8), token_at)
+    assert len(x) == round(share * 576) == at.max() + 1
+    assert seen[:2] == [208, 208 - (208 - len(x) + 1) // 2]
+    assert seen[-2:] == [len(x)] * 2 and len(seen) == 10
