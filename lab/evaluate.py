@@ -34,9 +34,9 @@ from extras import options, thresholds, video
 from extras.chat import VICUNA, Session
 from extras.devices import announce_memory, choose_device
 from extras.door import announce_download, check_writable, find, one_line
-from lab.bench import number, timed
+from lab.bench import timed
 from lab.lines import Answers, each_picture, pictures_of, read_questions
-from lab.tables import bracket, head, interval, line, mean_and_std, mean_std, resample
+from lab.tables import bracket, head, interval, line, mean_and_std, mean_std, number, resample
 from load import Processor, load_model, load_processor
 
 FAILURES = (ValueError, OSError, torch.OutOfMemoryError)

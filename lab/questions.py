@@ -18,13 +18,11 @@ each other than two orders of the same sums.
 import argparse
 import datetime
 import os
-import random
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dymu import DyMU
@@ -32,8 +30,9 @@ from extras.chat import Session
 from extras.devices import choose_device, choose_dtype
 from extras.door import one_line, read_json
 from extras.thresholds import merges
-from lab.bench import IMAGE, PHOTO, SHAPES, TEXT, build, machine, number, timed
-from lab.tables import head, line, save
+from lab.bench import machine, timed
+from lab.shapes import IMAGE, PHOTO, SHAPES, TEXT, build, find_shape, photo
+from lab.tables import head, line, number, save
 from model import Llava
 
 FEW = 4  # questions in float32
@@ -42,11 +41,10 @@ ANSWER = 8  # tokens
 
 def measure(a, device, dtype) -> dict:
     """Of each dtype the seconds of both ways, question by question, and how many answers agree"""
-    llava, theirs, processor = build(a, device, dtype)
+    llava, theirs, processor = build(find_shape(a.shape, a.layers), device, dtype)
     del theirs
     settings = DyMU(r=merges("low", processor.config))
-    photo = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(3 * 40 * 30)).resize(PHOTO)
-    pixels = processor.image(photo)
+    pixels = processor.image(photo())
 
     before = torch.cat((torch.randint(3, IMAGE, (5,)), torch.tensor([IMAGE])))
     questions = torch.randint(3, IMAGE, (a.questions, TEXT - 5))

@@ -29,6 +29,15 @@ def save(results: dict, path: Path, depth: int) -> None:
         part.write_text(dump(results, depth) + "\n")
 
 
+def number(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def spread(values, scale: float = 1) -> str:
+    """Median [least, most]"""
+    return "{} [{}, {}]".format(*(number(scale * f(values)) for f in (statistics.median, min, max)))
+
+
 def bracket(values, sign="") -> str:
     return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*values, s=sign)
 

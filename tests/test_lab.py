@@ -9,10 +9,16 @@ import pytest
 import torch
 
 from dymu import DyMU
+from extras.anyres import AnyResConfig, Picture, positions
+from extras.families import NEXT, ONEVISION
 from extras.thresholds import schedule
+from extras.video import OneVisionConfig
 from lab import ablate, bench, control
 from lab.scenes import HELD_OUT, scene
+from lab.shapes import PHOTO, SHAPES
+from lab.tables import spread
 from load import find, load
+from model import VisionConfig
 
 
 def test_ablations_count_the_tokens_of_the_picture():
@@ -183,12 +189,16 @@ def test_controls_say_at_once_what_is_wrong(tmp_path, monkeypatch, capsys, argum
     assert not list(tmp_path.iterdir())
 
 
-def test_the_benchmark_counts_the_rows_of_the_decoder(tmp_path, monkeypatch, capsys):
-    argv = "bench --shape smoke --tokens low tight tightest --vtu all off --repeats 1 "
-    argv += "--dtype float32 --device cpu --threads 1 --save"
-    monkeypatch.setattr(sys, "argv", [*argv.split(" "), str(tmp_path / "b.json")])
+def run_benchmark(monkeypatch, file, options: str) -> dict:
+    argv = f"bench --repeats 1 --dtype float32 --device cpu --threads 1 --save {file} {options}"
+    monkeypatch.setattr(sys, "argv", argv.split())
     bench.main()
-    runs = json.loads((tmp_path / "b.json").read_text())["runs"]
+    return json.loads(file.read_text())
+
+
+def test_the_benchmark_counts_the_rows_of_the_decoder(tmp_path, monkeypatch, capsys):
+    options = "--shape smoke --tokens low tight tightest --vtu all off"
+    runs = run_benchmark(monkeypatch, tmp_path / "b.json", options)["runs"]
     assert {name: run[0]["rows"] for name, run in runs.items()} == {
         "transformers": 576,
         "low, `all`": 93,
@@ -207,6 +217,78 @@ def test_the_benchmark_counts_the_rows_of_the_decoder(tmp_path, monkeypatch, cap
     assert re.search(
         r"second stage takes \S+ \[.*\] ms at tightest, .* with `all` .* %, `off`", printed
     )
+
+
+# the whole, 6 x 6, and tiles that were resized to 15 x 20, with newlines; or 3 x 3 of each frame
+SEEN = {"": (36 + 15 * 21, 15), "--frames 4": (4 * 9 + 1, 1)}
+
+
+@pytest.mark.parametrize("frames", SEEN)
+def test_the_benchmark_shows_tiles_and_frames(frames, tmp_path, monkeypatch, capsys):
+    N, newlines = SEEN[frames]
+    options = f"--shape smoke-onevision {frames} --tokens full tight --vtu 1"
+    found = run_benchmark(monkeypatch, tmp_path / "b.json", options)
+    first = {name: run[0] for name, run in found["runs"].items()}
+    assert found["visual_tokens"] == first["transformers"]["rows"] == first["full"]["rows"] == N
+    assert first["tight, `1`"]["rows"] == round(0.1 * (N - newlines)) + 1
+
+    # both hold the same at full length, and text alike
+    assert first["full"]["cache"] == first["transformers"]["cache"]
+    merged = first["full"]["cache"] - first["tight, `1`"]["cache"]
+    assert merged == (N - first["tight, `1`"]["rows"]) * found["cache_per_row"]
+    assert found["pixel_difference"] == 0 and found["logit_correlation"] > 0.999
+    what = "4 frames of 1280 x 960" if frames else "a 1280 x 960 photo"
+    assert f"Preprocessing of {what}: " in capsys.readouterr().out
+
+
+def test_the_curve_of_the_benchmark(tmp_path, monkeypatch, capsys):
+    coarse = dict(patch_size=56)
+    small = replace(SHAPES["smoke"], vision=SHAPES["smoke"].vision | coarse)
+    monkeypatch.setitem(SHAPES, "smoke", small)
+    families = {166: ("llava_next", 1), 351: ("llava_onevision", 1)}
+    monkeypatch.setattr(bench, "CURVE", {36: ("llava", 1), 72: ("llava", 2)} | families)
+    file = tmp_path / "c.json"
+    found = run_benchmark(monkeypatch, file, "--shape smoke --vtu all off --curve 72 166 351")
+    assert list(found["curve"]) == ["72", "166", "351"]
+
+    first, *_ = found["curve"]["72"]["runs"]["transformers"]
+    assert first["first"] == first["preprocess"] + first["encoder"] + first["prefill"]
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [row.count("|") - 1 for row in rows] == [8] * 3
+    assert rows[0].startswith("| 72 | 2 photos of 1280 x 960, LLaVA-1.5 | 12 | ")
+    assert f" | {spread([first['first']])} | " in rows[0]
+    drawn = file.with_suffix(".svg").read_text()
+    assert drawn.startswith("<?xml") and drawn.count("<use") > 15
+
+
+@pytest.mark.parametrize("N, defaults", [(2340, NEXT), (7309, ONEVISION)])
+def test_the_curve_of_the_benchmark_knows_how_many_tokens_there_are(N, defaults):
+    tower = dict(image_size=336) if defaults is NEXT else dict(image_size=384, class_token=False)
+    grids = tuple(map(tuple, defaults["image_grid_pinpoints"]))
+    options = dict(vision_config=VisionConfig(**tower, patch_size=14), image_grid_pinpoints=grids)
+    if defaults is NEXT:
+        c = AnyResConfig(**options)
+    else:
+        c = OneVisionConfig(**options, vision_feature_select_strategy="full")
+    width, height = PHOTO
+    assert positions(Picture(None, (height, width)), c) == N and N in bench.CURVE
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ("--shape tiny-llava --frames 8", "--frames is for"),
+        ("--shape smoke-onevision --frames 8 --curve", "--frames is for"),
+        ("--shape long --curve", "--curve needs"),
+        ("--shape smoke --repeats 0", "at least 1"),
+        ("--shape smoke --curve 577", "577"),
+    ],
+)
+def test_the_benchmark_says_what_is_wrong(options, said, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_benchmark(monkeypatch, tmp_path / "b.json", options)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("share", [0.10, 0.05])

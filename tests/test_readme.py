@@ -230,8 +230,9 @@ def demo_help(capsys):
     return capsys.readouterr().out
 
 
-FILES = [("ablate", "ablate"), ("bench", "bench-tiny-llava"), ("bench", "bench-long")]
-FILES += [("questions", "questions"), ("control", "control"), ("second", "second")]
+FILES = [("ablate", "ablate"), ("bench_tables", "bench-tiny-llava")]
+FILES += [("bench_tables", "bench-long"), ("questions", "questions")]
+FILES += [("control", "control"), ("second", "second")]
 
 
 @pytest.mark.parametrize("name, file", FILES)
