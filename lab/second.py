@@ -1,7 +1,7 @@
 """Where merging loses answers, and what a second stage behind the projector keeps, on tiny/.
 
-    python -m lab.second              # some 15 minutes on 2 cores; writes lab/second.json and
-                                      # prints its tables
+    python -m lab.second              # 42 minutes in one process on a busy machine; writes
+                                      # lab/second.json and prints its tables
     python -m lab.second --render     # only prints the tables of lab/second.json
 
 The sets of pictures, what counts as right and the intervals are those of lab/ablate.py, but the
@@ -168,7 +168,7 @@ def table(results: dict) -> str:
     out = []
     for which, of in results["sets"].items():
         asked = f"{results['pictures'][which]} pictures, {results['asked'][which]} questions"
-        full = f"full length {bracket(of['full'])}, blind {results['blind'][which]:.1f}"
+        full = f"full length {bracket(of['full'])}, best blind guess {results['blind'][which]:.1f}"
         out += [f"**{which}**: {asked}, {full}", "", *head("", "tokens", *WAYS)]
         for way in sorted(of["ways"], key=lambda way: list(SHARES).index(share_of(way))):
             out.append(line(way, mean_and_std(of["tokens"][way]), *cells(of["ways"][way])))
