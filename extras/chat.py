@@ -84,6 +84,7 @@ class Session:
         placeholders = self.llava.config.placeholders
         if not shared or any(id in placeholders for id in ids[shared:]):
             self.cache = KVCache()
+            self.ids = []
             return 0
         self.cache.rows -= len(cached) - shared
         self.cache.positions -= len(cached) - shared

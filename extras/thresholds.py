@@ -254,7 +254,7 @@ def hub_file(repo: str, name: str) -> Path:
     """
     if not name.endswith(PICKLES):
         return download(repo, name)
-    kept = Path(cached_assets_path("dymu", repo)) / f"{Path(name).name}.json"
+    kept = Path(cached_assets_path("dymu", repo)) / f"{name.replace('/', '--')}.json"
     if not kept.is_file():
         told = {"model": f"{repo}/{name}", "thresholds": read_pth(download(repo, name))}
         with atomically(kept) as part:

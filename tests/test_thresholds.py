@@ -260,6 +260,11 @@ def test_thresholds_from_the_hub_are_told_fetched_and_kept(folder, tmp_path, mon
     assert read_thresholds("some/one/ours.json:mid", folder, config)[0] == (0.5, 0.25, 0.75)
     assert asked[-1] == ("some/one", "ours.json", False)
 
+    other = {name: tau / 2 for name, tau in state.items()}
+    torch.save(other, tmp_path / "tome-72out.pth")  # of the same name in another folder
+    taus, _ = read_thresholds("some/one/flat/tome-72out.pth", folder, config)
+    assert taus == pytest.approx((0.45, 0.325, 0.2))
+
     def none(*_, **__):
         raise OSError("offline")
 

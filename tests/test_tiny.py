@@ -14,6 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import demo
 from dymu import DyMU
+from extras import options, thresholds
 from extras.second_stage import second_stage
 from extras.thresholds import read_thresholds
 from extras.video import Frames, read_frames
@@ -129,3 +130,13 @@ def test_the_clip_of_the_readme(tiny):
     readme = (TINY.parent / "extras/README.md").read_text()
     more = f"{new[1]} and {new[2]} more for the second and third"
     assert f"{new[0]} tokens of the first frame, {more}, {sum(new)} in the\nplace of" in readme
+
+
+def test_tight_is_mid_and_a_second_stage(tiny):
+    a = options.parse([str(SAMPLE), "what?", "--tokens", "tight"])
+    (found,) = thresholds.settings(a, TINY, tiny[1]).values()
+    told = json.loads((TINY / "thresholds.json").read_text())
+    assert list(found.thresholds) == told["mid"]["thresholds"]
+    assert found.after == second_stage(told["tight"]["after"])
+    a.after = 0.5
+    assert thresholds.settings(a, TINY, tiny[1])["tight"].after == second_stage(0.5)
