@@ -83,6 +83,9 @@ def answer(a) -> None:
     for question in questions:
         with chat.unless_stopped(a):
             reports = reply(a, sessions, question)
+            if a.chat:
+                for name, report in reports.items():
+                    sessions[name].turns.append((question, report.answer))
     if a.show:
         panels = [(name, sessions[name].visual, report) for name, report in reports.items()]
         if several and a.after is None:  # the input itself shows what full is
@@ -105,8 +108,6 @@ def reply(a, sessions: dict[str, Measured], question: str) -> dict[str, Report]:
         stoppable = chat.a_person_asks(a) and not several
         report = session.reply(ids, a.max_new_tokens, pick, stream, stoppable)
         reports[name] = report
-        if a.chat:
-            session.turns.append((question, report.answer))
 
         if a.json:
             told = {"model": a.model, "tokens": name, "method": a.method, "vtu": a.vtu}

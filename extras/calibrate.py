@@ -1,6 +1,6 @@
 """`demo.py --calibrate`: Eq. 4 over a folder of pictures, by one process or by torchrun's.
 
-For who needs low, mid and high for a checkpoint that has no thresholds.
+For who needs budgets, from high to tightest, for a checkpoint that has no thresholds.
 """
 
 import datetime

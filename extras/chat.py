@@ -19,12 +19,6 @@ from extras.door import one_line
 from extras.options import note
 from model import KVCache, Llava
 
-# the system prompt that LLaVA-1.5 was trained and measured with; llava-hf's format leaves it out
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
 
 class Session:
     """A model and the pictures that all its prompts are about.
@@ -51,7 +45,7 @@ class Session:
         It may be left before its end. Raises ValueError for a prompt that the model cannot take.
         """
         rows, token_at = self.llava.splice(ids, self.visual, self.settings.vtu)
-        ids = ids.tolist()
+        ids = torch.as_tensor(ids).tolist()
         shared = self.go_back(ids, len(token_at) - len(ids))
         self.reused = self.cache.positions
 

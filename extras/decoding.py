@@ -30,10 +30,12 @@ def prefill_expanded(
     """Reads a prompt that ends in text, all but its last row, into an empty cache, and expands it.
 
     Each position then has an entry of its own, with its key rotated, and a step is plain Llama's.
-    -> the last row and the map, for `Llava.decode`
+    -> the last row and the map, for `Llava.decode`. Raises ValueError if it ends in a picture.
     """
     if len(rows) == len(token_at):  # nothing to expand
         return rows, token_at
+    if (token_at == token_at[-1]).sum() > 1 or token_at[-1] < len(rows) - 1:
+        raise ValueError("an expanded cache needs text behind the picture")
 
     before = token_at[:-1]
     llava.language_model(rows[:-1], before, cache, queries)

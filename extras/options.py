@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   python demo.py photo.jpg --tokens low                             asks for questions
   python demo.py before.jpg after.jpg "What changed?"                several pictures
   python demo.py clip.gif "What happens?" --frames 8                a video
-  python demo.py --calibrate photos/ --model my-llava               low, mid, high for another model
+  python demo.py --calibrate photos/ --model my-llava               all budgets for another model
 """
 
 # what --calibrate goes by, the last two alone
@@ -30,7 +30,6 @@ PICTURE = r"\S+\.(jpe?g|png|gif|webp|bmp|tiff?|mp4|mov|mkv|avi|webm)"
 SAMPLE = Path(__file__).parent.with_name("tiny") / "sample.png"
 SHOWCASE = ["what is in the image from left to right?", "--model", "tiny"]
 SHOWCASE += ["--tokens", "all", "--show", "merged.png"]
-
 
 program = "demo.py"  # a command of lab/ puts its own name here
 
@@ -81,8 +80,9 @@ def number(kind, least: float, most: float = math.inf):
 
 
 def vtu(text: str) -> str:
-    if not re.fullmatch(r"all|off|0*[1-9]\d{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text} is not all, off or a number from 1 to 999999")
+    if not re.fullmatch(r"auto|all|off|0*[1-9]\d{0,5}", text):
+        wanted = "auto, all, off or a number from 1 to 999999"
+        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
     return text
 
 
@@ -142,8 +142,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_common(add)
     budget = "full (default), high, mid, low, all (these four), tight, tightest, or a file"
     add("--tokens", default="full", metavar="T", help=budget)
-    queries = "queries per token: all (default), 1, 2, ...; off: no VTU"
-    add("--vtu", type=vtu, default="all", metavar="Q", help=queries)
+    queries = "queries per token: all, 1, ...; auto (default): 1 if long; off: no VTU"
+    add("--vtu", type=vtu, default="auto", metavar="Q", help=queries)
     converse = "go on asking: each question after the answers before it"
     add("--chat", action="store_true", help=converse)
     add("--expand-cache", action="store_true", help="a cache of all N positions: faster, larger")
@@ -159,7 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     merged = "save a picture (PNG) of which patches were merged"
     add("--show", type=png, metavar="FILE", help=merged)
     add("--json", action="store_true", help="print one JSON object per budget and nothing else")
-    add("--calibrate", metavar="FOLDER", help="find low, mid and high on its pictures")
+    add("--calibrate", metavar="FOLDER", help="find all budgets on its pictures")
     beside = "of --calibrate (default: thresholds.json beside the checkpoint)"
     add("--save", type=writable, metavar="FILE", help=beside)
     add("--enough", action="store_true", help="of --calibrate: stop where thresholds have settled")
@@ -179,17 +179,17 @@ def check(a: argparse.Namespace, given: set[str]) -> None:
 
     given: the options that are not as they are by default
     """
-    if a.calibrate is not None and a.inputs:
-        fail("--calibrate takes a folder alone")
-    if a.calibrate is not None and not (a.calibrate and Path(a.calibrate).is_dir()):
-        fail(f"{a.calibrate!r} is not a folder")
-    wrong = given - set(CALIBRATION) if a.calibrate is not None else given & set(CALIBRATION[-2:])
-    for name in sorted(wrong):
-        option = f"--{name.replace('_', '-')}"
-        fail(f"{option} goes {'not ' if a.calibrate is not None else ''}with --calibrate")
     if a.calibrate is not None:
+        if a.inputs:
+            fail("--calibrate takes a folder alone")
+        if not (a.calibrate and Path(a.calibrate).is_dir()):
+            fail(f"{a.calibrate!r} is not a folder")
+        for name in sorted(given - set(CALIBRATION)):
+            fail(f"--{name.replace('_', '-')} goes not with --calibrate")
         return
 
+    for name in sorted(given & set(CALIBRATION[-2:])):
+        fail(f"--{name} goes with --calibrate")
     if not a.inputs:
         fail("IMAGE and QUESTION are needed, or IMAGE alone, to be asked; --help shows examples")
     asked = len(a.inputs) > 1 and not os.path.exists(a.inputs[-1])

@@ -1,5 +1,6 @@
 """What an answer cost: for the line of figures, and for --json."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -52,18 +53,16 @@ class Measured(Session):
         self.processor = processor
         self.pixels = pixels
         self.turns = []
-        self.tokens_per_layer, hooks = count_tokens(llava)
         start = time.perf_counter()
-        super().__init__(llava, pixels, settings, **options)
+        with count_tokens(llava) as self.tokens_per_layer:
+            super().__init__(llava, pixels, settings, **options)
         where = llava.language_model.embed_tokens.weight.device
         if where.type != "cpu":
             torch.accelerator.synchronize(where)
         self.encoder_s = time.perf_counter() - start
-        for hook in hooks:
-            hook.remove()
 
-    def prompt(self, question: str, system: str = "") -> torch.Tensor:
-        return self.processor.prompt(question, self.pixels, self.turns, system)
+    def prompt(self, question: str) -> torch.Tensor:
+        return self.processor.prompt(question, self.pixels, self.turns)
 
     def reply(
         self, ids, max_new_tokens: int = 128, pick=torch.argmax, stream=None, stoppable=False
@@ -75,16 +74,15 @@ class Measured(Session):
         encoder_s = 0.0 if self.ids else self.encoder_s
         new = []
         streamed = ""
-        start = time.perf_counter()
+        start = prefilled = time.perf_counter()
         try:
             for id in self.ask(ids, max_new_tokens, pick=pick):
                 if not new:
                     prefilled = time.perf_counter()
                 new.append(id)
                 text = self.processor.decode(new).strip() if stream else ""
-                if text and not text.endswith(
-                    "\ufffd"
-                ):  # else more bytes of a character are to come
+                whole = not text.endswith("\ufffd")  # else more bytes of a character are to come
+                if text and whole:
                     stream(text[len(streamed) :])
                     streamed = text
         except KeyboardInterrupt:
@@ -95,7 +93,7 @@ class Measured(Session):
         text = self.processor.decode(new).strip()
         if stream:
             stream(text[len(streamed) :])
-        rows = self.visual[0][0]
+        weight = self.llava.language_model.embed_tokens.weight
         return Report(
             answer=text,
             visual_tokens=sum(len(x) for x, _ in self.visual),
@@ -104,15 +102,16 @@ class Measured(Session):
             reused=self.reused,
             encoder_s=encoder_s,
             prefill_s=prefilled - start,
-            decode_tokens_per_s=(len(new) - 1) / (end - prefilled),
+            decode_tokens_per_s=max(len(new) - 1, 0) / (end - prefilled),
             cache_bytes=self.cache.bytes,
-            device=str(rows.device),
-            dtype=str(rows.dtype).removeprefix("torch."),
+            device=str(weight.device),
+            dtype=str(weight.dtype).removeprefix("torch."),
         )
 
 
-def count_tokens(llava: Llava) -> tuple[list[int], list]:
-    """Counts the tokens that leave each encoder layer -> the counts, and hooks to remove"""
+@contextlib.contextmanager
+def count_tokens(llava: Llava):
+    """Gives a list in which the tokens that leave each encoder layer are counted meanwhile."""
     c = llava.config
     first = int(c.vision_config.class_token and c.vision_feature_select_strategy == "default")
     layers = llava.vision_tower.layers
@@ -122,4 +121,8 @@ def count_tokens(llava: Llava) -> tuple[list[int], list]:
         counts[i] += len(out) - first
 
     hooks = [layer.fc2.register_forward_hook(partial(count, i)) for i, layer in enumerate(layers)]
-    return counts, hooks
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()

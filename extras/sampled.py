@@ -1,12 +1,22 @@
 """Not in the paper: a few queries per token, from which the average of Eq. 11 is estimated.
 
-For long prompts, where attention costs as much as everything else: `DyMU(queries=spread(1))`.
+For long prompts, where attention costs as much as everything else: `DyMU(queries=spread(1))`, or
+`DyMU(queries=fewer_if_long)`, which decides by the length.
 """
 
 from functools import partial
 
 import torch
 from torch import Tensor
+
+LONG = 1024  # positions; beyond them attention at all of them costs more than the linear layers
+
+
+def fewer_if_long(token_at: Tensor) -> Tensor:
+    """For DyMU.queries: all positions (N,), the paper's way, of a long prompt one of each token."""
+    if len(token_at) <= LONG:
+        return torch.arange(len(token_at), device=token_at.device)
+    return spread_positions(token_at, queries=1)
 
 
 def spread(queries: int):

@@ -17,7 +17,7 @@ from dymu import DyMU, Seen, match, merge, similar_keys, size_bias
 from extras.door import atomically, download, dump, one_line, read_json
 from extras.families import section
 from extras.options import note
-from extras.sampled import spread
+from extras.sampled import fewer_if_long, spread
 from extras.second_stage import second_stage
 from model import LlavaConfig, VisionTower, check_layers
 
@@ -144,7 +144,9 @@ def settings(a: Namespace, folder: Path, processor) -> dict[str, DyMU]:
     a: the options. Raises ValueError where there are no thresholds.
     """
     decoder = {"vtu": a.vtu != "off"} | second(a.after)
-    if a.vtu.isdecimal():
+    if a.vtu == "auto":
+        decoder["queries"] = fewer_if_long
+    elif a.vtu.isdecimal():
         decoder["queries"] = spread(int(a.vtu))
 
     found = {}

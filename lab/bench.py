@@ -26,18 +26,11 @@ the second stage's in it. The JSON has every raw time.
 """
 
 import argparse
-import ctypes
-import datetime
 import gc
 import inspect
-import os
-import platform
-import re
 import sys
-import time
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -47,14 +40,13 @@ from torch import Tensor
 import dymu
 from dymu import DyMU, attention, best, merge, rotate, vtu_attention
 from extras.decoding import prefill_expanded
-from extras.devices import choose_device, choose_dtype
-from extras.door import one_line, read_json
+from extras.options import number
 from extras.sampled import spread as queries
 from extras.second_stage import most_alike, second_stage
 from extras.thresholds import BEHIND, merges
 from lab.bench_tables import WAYS, curve_seconds, table
 from lab.shapes import IMAGE, PHOTO, SHAPES, TEXT, VIDEO, Prompt, build, find_shape
-from lab.tables import save
+from lab.timing import clocked, command, peak_on, timed
 from model import KVCache, TextConfig, rope_table
 
 LONG = dict(heads=32, head_dim=128, N=2880, N_un=450)
@@ -181,52 +173,7 @@ def stream_theirs(prompt: Prompt, visual: Tensor):
         given = dict(input_ids=torch.tensor([[token]], device=ids.device))
 
 
-# ---- what watches a stage: run() -> its result, and what it took ----
-
-
-def timed(run):
-    """Seconds."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    start, out = time.perf_counter(), run()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return out, time.perf_counter() - start
-
-
-def clocked(function, spent: list):
-    """The same function; spent gets the seconds of each call."""
-
-    def call(*args, **options):
-        out, seconds = timed(lambda: function(*args, **options))
-        spent.append(seconds)
-        return out
-
-    return call
-
-
-def peak_on(device):
-    def peak(run):
-        """The most bytes held beyond those held before, None where that cannot be told.
-
-        On CPU: resident set.
-        """
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before, out = torch.cuda.memory_allocated(), run()
-            return out, torch.cuda.max_memory_allocated() - before
-        status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-        if device.type != "cpu" or not reset.exists():
-            return run(), None
-        # memory freed before must not be there to be used again
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-        reset.write_text("5")  # the peak starts anew
-        before, out = status.read_text(), run()
-        most = re.search(r"VmHWM:\s+(\d+)", status.read_text())
-        least = re.search(r"VmRSS:\s+(\d+)", before)
-        return out, 1024 * (int(most[1]) - int(least[1]))
-
-    return peak
+# ---- measuring ----
 
 
 def matching_share(encode) -> float:
@@ -243,9 +190,6 @@ def matching_share(encode) -> float:
     ):
         _, seconds = timed(encode)
     return sum(spent) / seconds
-
-
-# ---- measuring ----
 
 
 @torch.inference_mode()
@@ -349,22 +293,16 @@ def measure_long(a, device, dtype) -> dict:
 # ---- the command ----
 
 
-def machine(device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    name = found[1] if found else platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
-
-
 def parse() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m lab.bench", description="Measures the speed tables of the README."
     )
     p.add_argument("--shape", default="tiny-llava", choices=(*SHAPES, "long"), help="(%(default)s)")
-    p.add_argument("--layers", type=int, default=0, metavar="K", help="only so many decoder layers")
-    p.add_argument("--frames", type=int, default=0, metavar="F", help="a video, not a photo")
+    few = "only so many decoder layers"
+    p.add_argument("--layers", type=number(int, 0), default=0, metavar="K", help=few)
+    video = "a video, not a photo"
+    p.add_argument("--frames", type=number(int, 0), default=0, metavar="F", help=video)
+    p.add_argument("--repeats", type=number(int, 1), default=3, help="rounds (%(default)s)")
     p.add_argument(
         "--curve",
         nargs="*",
@@ -375,27 +313,11 @@ def parse() -> argparse.ArgumentParser:
     )
     p.add_argument("--tokens", nargs="+", default=BUDGETS, choices=BUDGETS, help="(all six)")
     p.add_argument("--vtu", nargs="+", default=WAYS, choices=WAYS, help="(all four)")
-    p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
-    p.add_argument(
-        "--dtype", help="(bfloat16 where the device does that well, else float32 or float16)"
-    )
-    p.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (%(default)s)"
-    )
-    p.add_argument("--repeats", type=int, default=3, help="rounds (%(default)s)")
-    p.add_argument("--save", type=Path, metavar="FILE", help="the JSON file (lab/bench-NAME.json)")
-    p.add_argument(
-        "--render", action="store_true", help="measure nothing, print the tables of the JSON file"
-    )
     return p
 
 
 def check(a) -> None:
     """Raises ValueError"""
-    if min(a.repeats, a.threads, a.layers + 1, a.frames + 1) < 1:
-        raise ValueError(
-            "--repeats and --threads must be at least 1, --layers and --frames at least 0"
-        )
     family = None if a.shape == "long" else SHAPES[a.shape].family
     if a.frames and (family != "llava_onevision" or a.curve is not None):
         raise ValueError("--frames is for the shapes of LLaVA-OneVision, and not for --curve")
@@ -404,52 +326,31 @@ def check(a) -> None:
 
 
 def file_of(a, device) -> Path:
-    """The JSON file; raises ValueError if it cannot be read, or where it cannot be written."""
     parts = ["bench", a.shape]
     parts += [f"{a.layers}-layers"] * bool(a.layers) + [f"{a.frames}-frames"] * bool(a.frames)
     parts += ["curve"] * (a.curve is not None) + [device.type] * (device.type != "cpu")
-    path = a.save or Path(__file__).with_name("-".join(parts) + ".json")
-    if not (path.is_file() if a.render else path.parent.is_dir()):
-        raise ValueError(f"there is no {path if a.render else path.parent}")
-    return path
+    return Path(__file__).with_name("-".join(parts) + ".json")
 
 
 def run(a, device, dtype) -> dict:
-    torch.set_num_threads(a.threads)
-    torch.manual_seed(0)
-    start = time.perf_counter()
-    results = dict(shape=a.shape, date=datetime.date.today().isoformat())
-    results |= dict(machine=machine(device), cores=os.cpu_count(), threads=a.threads)
-    results |= dict(device=device.type, dtype=str(dtype).removeprefix("torch."), repeats=a.repeats)
-    results |= {name: version(name) for name in ("torch", "transformers", "pillow")}
     if a.shape == "long":
-        results |= measure_long(a, device, dtype)
-    elif a.curve is not None:
-        results |= measure_curve(a, device, dtype)
-    else:
-        models = build(find_shape(a.shape, a.layers), device, dtype)
-        results |= measure(a, Prompt(models, frames=a.frames), a.tokens)
-    return results | dict(seconds=round(time.perf_counter() - start))
+        return measure_long(a, device, dtype)
+    if a.curve is not None:
+        return measure_curve(a, device, dtype)
+    models = build(find_shape(a.shape, a.layers), device, dtype)
+    return measure(a, Prompt(models, frames=a.frames), a.tokens)
+
+
+def show(results: dict, path: Path) -> str:
+    if "curve" in results:
+        from lab import plot  # matplotlib is for this alone
+
+        plot.save(plot.curve(curve_seconds(results)), path.with_suffix(".svg"))
+    return table(results)
 
 
 def main() -> None:
-    p = parse()
-    a = p.parse_args()
-    try:
-        check(a)
-        device = choose_device(a.device)
-        dtype = choose_dtype(a.dtype, device, half=True)
-        path = file_of(a, device)
-        if not a.render:
-            save(run(a, device, dtype), path, depth=1 if a.curve is None else 2)
-        results = read_json(path)
-        if "curve" in results:
-            from lab import plot  # matplotlib is for this alone
-
-            plot.save(plot.curve(curve_seconds(results)), path.with_suffix(".svg"))
-        print(table(results))
-    except (ValueError, OSError) as e:
-        p.error(one_line(e))
+    command(parse(), file_of, run, show, check)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,19 @@ from huggingface_hub.utils import tqdm
 
 from dymu import DyMU
 from extras import options, thresholds, video
-from extras.chat import VICUNA, Session
+from extras.chat import Session
 from extras.devices import announce_memory, choose_device
 from extras.door import announce_download, check_writable, find, one_line
-from lab.bench import timed
 from lab.lines import Answers, each_picture, pictures_of, read_questions
 from lab.tables import bracket, head, interval, line, mean_and_std, mean_std, number, resample
+from lab.timing import timed
 from load import Processor, load_model, load_processor
+
+# the system prompt that LLaVA-1.5 was trained and measured with; llava-hf's format leaves it out
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 
 FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 
@@ -189,9 +195,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, metavar="OUT", help="(FILE.answers.jsonl)")
     budgets = "with commas between them: full (default), high, mid, low, all (these four) or files"
     add("--tokens", type=lambda text: text.split(","), default="full", metavar="T", help=budgets)
-    queries = "with commas between them: all (default), 1, 2, ...; off: no VTU"
+    queries = "with commas between them: auto (default), all, 1, 2, ...; off: no VTU"
     each = lambda text: [options.vtu(one) for one in text.split(",")]  # noqa: E731
-    add("--vtu", type=each, default="all", metavar="Q", help=queries)
+    add("--vtu", type=each, default="auto", metavar="Q", help=queries)
     system = "before each question; vicuna: that with which LLaVA-1.5 was measured"
     add("--system", default="", metavar="TEXT", help=system)
     options.add_common(add)

@@ -26,11 +26,12 @@ from huggingface_hub.utils import tqdm
 
 from extras import options, thresholds
 from extras.calibrate import gather, process
-from extras.chat import VICUNA, Session
+from extras.chat import Session
 from extras.decoding import sampler
 from extras.devices import choose_device
 from extras.door import find, one_line
 from extras.video import see
+from lab.evaluate import VICUNA
 from load import load_model, load_processor
 
 try:
@@ -38,7 +39,7 @@ try:
 except (ImportError, RuntimeError):  # `main` tells
     lmms = object
 
-OPTIONS = ("model", "tokens", "vtu", "method", "pad", "dtype", "device")  # of demo.py
+OPTIONS = ("model", "tokens", "vtu", "method", "after", "pad", "dtype", "device")  # of demo.py
 SYSTEMS = {"": "", "vicuna": VICUNA}
 LONGEST = 1024  # answer, where a task sets no limit, as in lmms-eval's own models
 
@@ -60,6 +61,7 @@ class Harness(lmms):
         self.system = SYSTEMS[system]
         self.session = None
         self.pictures = None  # which it is about
+        self.start = time.perf_counter()
         self.counts = []  # of each question the task, N_un, N, and how many tokens the answer has
 
     def load(self, a) -> None:

@@ -16,10 +16,7 @@ each other than two orders of the same sums.
 """
 
 import argparse
-import datetime
-import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,12 +24,10 @@ from torch import Tensor
 
 from dymu import DyMU
 from extras.chat import Session
-from extras.devices import choose_device, choose_dtype
-from extras.door import one_line, read_json
 from extras.thresholds import merges
-from lab.bench import machine, timed
 from lab.shapes import IMAGE, PHOTO, SHAPES, TEXT, build, find_shape, photo
-from lab.tables import head, line, number, save
+from lab.tables import head, line, number
+from lab.timing import command, timed
 from model import Llava
 
 FEW = 4  # questions in float32
@@ -105,33 +100,17 @@ def table(r: dict) -> str:
     return "\n".join(out)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m lab.questions")
     p.add_argument("--shape", default="tiny-llava", choices=SHAPES, help="(%(default)s)")
     p.add_argument("--layers", type=int, default=0, metavar="K", help="only so many decoder layers")
     p.add_argument("--questions", type=int, default=20, metavar="N", help="(%(default)s)")
-    p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
-    p.add_argument("--dtype", help="(bfloat16 where the device does that well, else as --device)")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
     beside = Path(__file__).with_name("questions.json")
-    p.add_argument("--save", type=Path, default=beside, metavar="FILE", help="the JSON file")
-    p.add_argument("--render", action="store_true", help="print the table of the JSON file")
-    a = p.parse_args(argv)
-    try:
-        device = choose_device(a.device)
-        dtype = choose_dtype(a.dtype, device, half=True)
-        if a.render and not a.save.is_file():
-            raise ValueError(f"--save: there is no {a.save}")
-        if not a.render:
-            torch.set_num_threads(a.threads)
-            torch.manual_seed(0)
-            about = dict(shape=a.shape, layers=a.layers, date=datetime.date.today().isoformat())
-            about |= dict(machine=machine(device), cores=os.cpu_count(), threads=a.threads)
-            about |= dict(torch=version("torch"))
-            save(about | measure(a, device, dtype), a.save, depth=3)
-        print(table(read_json(a.save)))
-    except (ValueError, OSError) as e:
-        p.error(one_line(e))
+    command(parse(), lambda *_: beside, measure, lambda r, _: table(r), argv=argv)
 
 
 if __name__ == "__main__":

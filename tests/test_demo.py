@@ -79,6 +79,7 @@ def test_it_answers_streams_and_reports(run, saved, photo):
     "options, settings",
     [
         ([], DyMU()),
+        (["--tokens", "low", "--vtu", "all"], DyMU(thresholds=(0.5, 0.6, 0.7))),
         (["--tokens", "low", "--method", "tome"], DyMU(r=(5, 4, 4))),
         (
             ["--tokens", "mid", "--method", "tome", "--vtu", "2"],
@@ -778,8 +779,8 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
         (["PHOTO", "Q", "--dtype", "int4"], "'int4'"),
-        (["PHOTO", "Q", "--vtu", "0"], "--vtu: 0 is not all, off or a number"),
-        (["PHOTO", "Q", "--vtu", "some"], "--vtu: some is not all, off or a number"),
+        (["PHOTO", "Q", "--vtu", "0"], "--vtu: 0 is not auto, all, off or a number"),
+        (["PHOTO", "Q", "--vtu", "some"], "--vtu: some is not auto, all, off or a number"),
         (["PHOTO", "Q", "--method", "magic"], "magic"),
         (["PHOTO", "Q", "--frobnicate"], "--frobnicate"),
         (["PHOTO", "Q", "--max-new-tokens", "0"], "--max-new-tokens"),

@@ -8,10 +8,10 @@ import pytest
 from checkpoints import QUESTION, picture
 
 from dymu import DyMU
-from extras.chat import VICUNA, Session
+from extras.chat import Session
 from extras.video import read_frames
 from lab import evaluate, questions
-from lab.evaluate import Asker
+from lab.evaluate import VICUNA, Asker
 from load import load
 
 SETTINGS = {"full": DyMU(), "low, all": DyMU(r=(5, 4, 4)), "low, off": DyMU(r=(5, 4, 4), vtu=False)}
@@ -330,7 +330,7 @@ def test_answers_of_another_command_are_refused_and_left_as_they_are(run, folder
         (["q.jsonl", "--out", "no/o.jsonl"], "cannot be written"),
         (["q.jsonl", "--out", "empty"], "empty"),
         (["q.jsonl", "--tokens", "full,few"], "--method tome takes --tokens full, low"),
-        (["q.jsonl", "--vtu", "all,none"], "none is not all, off"),
+        (["q.jsonl", "--vtu", "all,none"], "none is not auto, all, off"),
         (["q.jsonl", "--model", "nothing"], "nothing"),
     ],
 )

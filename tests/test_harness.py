@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,10 @@ import pytest
 import yaml
 
 from dymu import DyMU
-from extras.chat import VICUNA
+from extras.sampled import fewer_if_long
 from extras.thresholds import read_thresholds
 from lab import harness
+from lab.evaluate import VICUNA
 from lab.scenes import HELD_OUT, scene
 from lab.tasks.easy_vqa import pictures, questions, score
 from load import load
@@ -67,10 +69,10 @@ def test_answers_are_the_models_and_a_picture_is_encoded_once(args, encoded):
     assert len(encoded) == 2
 
     llava, processor = load("tiny", "cpu")
-    settings = DyMU(vtu=args.get("vtu") != "off")
+    settings = DyMU(vtu=False) if "vtu" in args else DyMU(queries=fewer_if_long)
     if args:
         taus, _ = read_thresholds("low", processor.folder, processor.config)
-        settings = DyMU(thresholds=taus, vtu=settings.vtu)
+        settings = replace(settings, thresholds=taus)
     assert ours.settings == settings
 
     for (i, question), (text, rows, new), count in zip(asked, answers, ours.counts):

@@ -13,12 +13,14 @@ from extras.anyres import AnyResConfig, Picture, positions
 from extras.families import NEXT, ONEVISION
 from extras.thresholds import schedule
 from extras.video import OneVisionConfig
-from lab import ablate, bench, control
+from lab import ablate, bench, control, schedules
 from lab.scenes import HELD_OUT, scene
 from lab.shapes import PHOTO, SHAPES
-from lab.tables import spread
+from lab.tables import bracket, spread
 from load import find, load
 from model import VisionConfig
+
+EASY = [("a.png", [("easy-VQA", "is there a circle?", "yes")])] * 4  # as ablate.easy_list
 
 
 def test_ablations_count_the_tokens_of_the_picture():
@@ -77,33 +79,37 @@ def test_every_schedule_leaves_the_tokens_of_the_budget(budget, left, kind):
     assert plainly == ablate.left_by(llava.config, plain)
 
 
-def test_tables_of_ablations_have_all_columns_and_budgets(monkeypatch):
-    monkeypatch.setattr(ablate, "BLIND_SCENES", 20)
-    monkeypatch.setattr("lab.tables.RESAMPLES", 10)
-    easy = [("a.png", [("easy-VQA", "is there a circle?", "yes")])] * 4
-    monkeypatch.setattr(ablate, "easy_list", lambda split: easy)
-    names = ["full", *ablate.OTHERS]
-    for budget in ablate.SHARES:
-        for vtu in ablate.VTU:
-            names += [f"ToMe {budget}, {vtu}", f"DToMe {budget}, {vtu}"]
-
-    # all is right but what has no VTU
+def as_if_measured(rows, right, bytes_per_pixel):
+    """What ablations find in 4 pictures of each set. right: whether a row answers rightly"""
     found = {}
     for which in ablate.SETS:
         if which == "easy-VQA":
-            asked = [questions for _, questions in easy]
+            asked = [questions for _, questions in EASY]
         else:
             variant = ablate.VARIANT[which]
             asked = [scene(HELD_OUT + i, variant=variant).questions for i in range(4)]
         found[which] = [
             {
                 "questions": questions,
-                "bytes_per_pixel": i,
-                "tokens": {name: 10 + i for name in names},
-                "right": {name: ["no VTU" not in name] * len(questions) for name in names},
+                "bytes_per_pixel": bytes_per_pixel(i),
+                "tokens": {name: 10 + i for name in rows},
+                "right": {name: [right(name)] * len(questions) for name in rows},
             }
             for i, questions in enumerate(asked)
         ]
+    return found
+
+
+def test_tables_of_ablations_have_all_columns_and_budgets(monkeypatch):
+    monkeypatch.setattr(ablate, "BLIND_SCENES", 20)
+    monkeypatch.setattr("lab.tables.RESAMPLES", 10)
+    monkeypatch.setattr(ablate, "easy_list", lambda split: EASY)
+    names = ["full", *ablate.OTHERS]
+    for budget in ablate.SHARES:
+        for vtu in ablate.VTU:
+            names += [f"ToMe {budget}, {vtu}", f"DToMe {budget}, {vtu}"]
+
+    found = as_if_measured(names, lambda name: "no VTU" not in name, lambda i: i)
     results = ablate.summarise(found, names)
     assert results["asked"]["small text"] == sum(len(p["questions"]) for p in found["small text"])
     assert results["rows"]["full"]["accuracy"]["crowded counting"] == [100, 100, 100]
@@ -306,3 +312,20 @@ def test_the_second_stage_of_the_benchmark_matches_and_reaches_its_share(share, 
     assert len(x) == round(share * 576) == at.max() + 1
     assert seen[:2] == [208, 208 - (208 - len(x) + 1) // 2]
     assert seen[-2:] == [len(x)] * 2 and len(seen) == 10
+
+
+def test_schedules_are_timed_beside_what_they_cost(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(schedules, "TOWERS", dict(CLIP="smoke", SigLIP="smoke-onevision"))
+    options = ["--repeats", "2", "--threads", "1", "--save", str(tmp_path / "s.json")]
+    schedules.main(options)
+    head, _, *rows = capsys.readouterr().out.splitlines()[2:]
+    budgets = [f"{budget}, {kind}" for budget in ("low", "10 %") for kind in schedules.KINDS]
+    assert [row.split(" | ")[0] for row in rows] == [
+        f"| {name.replace('_', ' ')}" for name in ("full", *budgets)
+    ]
+    assert {row.count("|") for row in (head, *rows)} == {7}
+    shown = (schedules.Path(schedules.__file__).with_name("ablate.json")).read_text()
+    linear = json.loads(shown)["rows"]["DToMe low, VTU, linear schedule"]["accuracy"]["scenes"]
+    assert rows[2].endswith(f"| {bracket(linear)} |")
+    runs = json.loads((tmp_path / "s.json").read_text())["runs"]
+    assert all(len(times) == 2 for of in runs.values() for times in of.values())

@@ -5,7 +5,7 @@ import torch
 from test_dymu import evenly, random_map
 
 from dymu import causal_attention
-from extras.sampled import spread
+from extras.sampled import LONG, fewer_if_long, spread
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,14 @@ def test_query_positions_are_spread_evenly():
         lists = [(token_at == t).nonzero().flatten().tolist() for t in range(13)]
         expected = sorted(p for one in lists for p in evenly(one, s))
         assert spread(s)(token_at).tolist() == expected
+
+
+@pytest.mark.parametrize("N", [LONG, LONG + 1])
+def test_a_long_prompt_takes_one_query_per_token(N):
+    token_at = random_map(N, 90)
+    few = fewer_if_long(token_at)
+    assert torch.equal(few, spread(1)(token_at) if N > LONG else torch.arange(N))
+    assert len(few) == (90 if N > LONG else N)
 
 
 def test_less_than_one_query_is_refused():

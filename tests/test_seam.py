@@ -1,6 +1,8 @@
 """The seam: ideas of one's own as functions, in one file, without a change to ours."""
 
 import inspect
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from extras.thresholds import find_thresholds
 from load import load
 from model import KVCache
 
-# ---- three ideas ----
+# ---- four ideas ----
 
 
 def values(seen):
@@ -29,21 +31,14 @@ def first_position(token_at):
     return order[token_at[order].diff(prepend=token_at.new_tensor([-1])) > 0].sort().values
 
 
-class Twice:
-    """A second stage behind the projector: a picture that encodes itself."""
-
-    def __init__(self, pixels, tau):
-        self.pixels, self.tau = pixels, tau
-
-    def encode(self, llava, settings):
-        [(x, token_at)] = llava.encode(self.pixels, settings)
-        score, partner = match(cosine(x), class_token=False)
-        size = torch.bincount(token_at).float()
-        return merge(x, size, token_at, partner, score > self.tau)[::2]
+def once_more(x, token_at, tau=0.0):
+    score, partner = match(cosine(x), class_token=False)
+    size = torch.bincount(token_at).float()
+    return merge(x, size, token_at, partner, score > tau)[::2]
 
 
 def test_they_are_short():
-    for idea in (values, share, first_position, Twice.encode):
+    for idea in (values, share, first_position, once_more):
         assert len(inspect.getsource(idea).strip().splitlines()) <= 10
 
 
@@ -139,16 +134,17 @@ def test_no_rule_merges_the_class_token_or_what_is_forbidden(llava, images, chos
     "settings", [DyMU(), DyMU(r=(3, 2, 1)), DyMU(similarity=values, r=(3, 2, 1))]
 )
 def test_a_second_stage_behind_the_projector(llava, ids, images, settings):
-    shown = Twice(images[3], 0.0)
-    rows, token_at = llava.splice(ids, llava.encode(shown, settings))
+    twice = replace(settings, after=once_more)
+    rows, token_at = llava.splice(ids, llava.encode(images[3], twice))
     (once,) = llava.encode(images[3], settings)
     assert len(rows) < len(ids) - 1 + len(once[0]) and len(token_at) == len(ids) - 1 + 16
-    logits = llava(ids, shown, settings)
+    logits = llava(ids, images[3], twice)
     expected = decoder_by_expansion(llava, rows, token_at, None)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     answer = llava.decode(rows, token_at, KVCache(), max_new_tokens=4, eos=())
-    assert list(answer) == list(llava.generate(ids, shown, settings, 4, eos=()))
-    nothing = llava.encode(Twice(images[3], 1.0), settings)[0]
+    assert list(answer) == list(llava.generate(ids, images[3], twice, 4, eos=()))
+    none = replace(settings, after=partial(once_more, tau=1.0))
+    (nothing,) = llava.encode(images[3], none)
     assert torch.equal(nothing[0], once[0]) and torch.equal(nothing[1], once[1])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_lab import EASY, as_if_measured
 
 from dymu import DyMU
 from lab import ablate, second
@@ -119,29 +120,13 @@ def test_nothing_was_found_on_the_pictures_that_are_measured():
 def test_tables_tell_what_was_counted(ways, monkeypatch):
     monkeypatch.setattr(ablate, "BLIND_SCENES", 20)
     monkeypatch.setattr("lab.tables.RESAMPLES", 10)
-    easy = [("a.png", [("easy-VQA", "is there a circle?", "yes")])] * 4
-    monkeypatch.setattr(ablate, "easy_list", lambda split: easy)
+    monkeypatch.setattr(ablate, "easy_list", lambda split: EASY)
     rows = second.all_rows(ways)
 
     def right(name):
         return not name.startswith("ToMe") and "no VTU" not in name and "before" not in name
 
-    found = {}
-    for which in ablate.SETS:
-        if which == "easy-VQA":
-            asked = [questions for _, questions in easy]
-        else:
-            variant = ablate.VARIANT[which]
-            asked = [scene(HELD_OUT + i, variant=variant).questions for i in range(4)]
-        found[which] = [
-            {
-                "questions": questions,
-                "bytes_per_pixel": -i,
-                "tokens": {name: 10 + i for name in rows},
-                "right": {name: [right(name)] * len(questions) for name in rows},
-            }
-            for i, questions in enumerate(asked)
-        ]
+    found = as_if_measured(rows, right, lambda i: -i)
     results = second.summarise(found, list(ways), list(rows))
     assert results["spearman"]["tightest"] == -1
     for of in results["sets"].values():

@@ -9,6 +9,7 @@ import json
 import sys
 
 from extras.door import read_picture
+from lab.evaluate import plain
 from lab.scenes import easy_pictures
 
 
@@ -32,9 +33,8 @@ def pictures(doc: dict) -> list:
 
 
 def score(doc: dict, results: list[str]) -> dict:
-    """1 if the answer is the right one, whatever its capitals, without a full stop at its end."""
-    said = results[0].strip().lower().removesuffix(".")
-    return {"exact_match": float(said in doc["answers"])}
+    """1 if the answer is the right one, as lab.evaluate compares them."""
+    return {"exact_match": float(plain(results[0]) in doc["answers"])}
 
 
 if __name__ == "__main__":
