@@ -103,17 +103,18 @@ def calibrate(
     settings: DyMU = DyMU(),
     floor: float = 0.0,
     enough: bool = False,
+    kind: str = "constant",
 ) -> Iterator[tuple[str, dict]]:
     """Eq. 4 for low, mid and high over pictures: what a file of thresholds says of each.
 
     read(file) -> pixels (3, H, W). settings, floor: as in `find_thresholds`; enough: stop where the
-    thresholds have settled. Under torchrun each process takes every K-th batch, and all yield the
-    same. Raises ValueError for no pictures.
+    thresholds have settled; kind: of schedule. Under torchrun each process takes every K-th batch,
+    and all yield the same. Raises ValueError for no pictures.
     """
     if not files:
         raise ValueError("no images to find thresholds with")
     for budget in BUDGETS:
-        r = merges(budget, config)
+        r = merges(budget, config, kind)
         taus, settled = of_batches(tower, read, files, r, budget, settings, floor, enough)
         thresholds = mean(taus)
         used = files[: len(taus) * BATCH]
@@ -260,13 +261,14 @@ def calibrate_folder(a) -> None:
         "model": a.model,
         "similarity": name_of(similar_keys),
         "preprocessing": "pad" if processor.pad else "crop",
-        "schedule": "constant",
+        "schedule": a.schedule,
         "date": datetime.date.today().isoformat(),
         "batch_size": BATCH,
         "tower": asdict(config.vision_config),
     }
     tower = llava.vision_tower
-    for budget, one in calibrate(tower, read_one, files, config, enough=a.enough):
+    options = dict(enough=a.enough, kind=a.schedule)
+    for budget, one in calibrate(tower, read_one, files, config, **options):
         found[budget] = one
         tell(budget, one, config.visual_tokens)
     mid = DyMU(thresholds=found["mid"]["thresholds"])

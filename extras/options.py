@@ -20,8 +20,11 @@ EXAMPLES = """examples:
   python demo.py --calibrate photos/ --model my-llava               all budgets for another model
 """
 
-# what --calibrate goes by, the last two alone
-CALIBRATION = ("calibrate", "model", "pad", "device", "dtype", "threads", "save", "enough")
+# what --calibrate goes by, the last three alone
+CALIBRATION = ("calibrate", "model", "pad", "device", "dtype", "threads")
+CALIBRATION += ("save", "schedule", "enough")
+
+SCHEDULES = ("constant", "linear", "reverse_linear")  # Appendix B
 
 # what is rather a misspelt file than a question
 PICTURE = r"\S+\.(jpe?g|png|gif|webp|bmp|tiff?|mp4|mov|mkv|avi|webm)"
@@ -112,8 +115,8 @@ def add_common(add) -> None:
     """What lab/evaluate.py takes, too"""
     where = "Hub id or folder (%(default)s)"
     add("--model", default="llava-hf/llava-1.5-7b-hf", metavar="M", help=where)
-    merge_by = "merge by threshold (default), or a fixed number"
-    add("--method", default="dtome", choices=("dtome", "tome"), help=merge_by)
+    merge_by = "dtome (default): merge by threshold; tome: a fixed number"
+    add("--method", default="dtome", choices=("dtome", "tome"), metavar="M", help=merge_by)
     once_more = "behind the projector, merge what is more alike than this once more"
     add("--after", type=number(float, -1, 1), metavar="TAU", help=once_more)
     evenly = "of a video, evenly spread (%(default)s)"
@@ -162,6 +165,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--calibrate", metavar="FOLDER", help="find all budgets on its pictures")
     beside = "of --calibrate (default: thresholds.json beside the checkpoint)"
     add("--save", type=writable, metavar="FILE", help=beside)
+    early = "of --calibrate: constant (default), linear (more merges early) or reverse_linear"
+    add("--schedule", choices=SCHEDULES, default="constant", metavar="K", help=early)
     add("--enough", action="store_true", help="of --calibrate: stop where thresholds have settled")
     add("--version", action="version", version=versions())
 
@@ -188,7 +193,7 @@ def check(a: argparse.Namespace, given: set[str]) -> None:
             fail(f"--{name.replace('_', '-')} goes not with --calibrate")
         return
 
-    for name in sorted(given & set(CALIBRATION[-2:])):
+    for name in sorted(given & set(CALIBRATION[-3:])):
         fail(f"--{name} goes with --calibrate")
     if not a.inputs:
         fail("IMAGE and QUESTION are needed, or IMAGE alone, to be asked; --help shows examples")

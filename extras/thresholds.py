@@ -16,7 +16,7 @@ from huggingface_hub import cached_assets_path
 from dymu import DyMU, Seen, match, merge, similar_keys, size_bias
 from extras.door import atomically, download, dump, one_line, read_json
 from extras.families import section
-from extras.options import note
+from extras.options import SCHEDULES, note
 from extras.sampled import fewer_if_long, spread
 from extras.second_stage import second_stage
 from model import LlavaConfig, VisionTower, check_layers
@@ -43,12 +43,9 @@ def schedule(r_total: int, layers: int, kind: str = "constant") -> tuple[int, ..
     are rounded down, and the remainder goes one each to the first layers (of linear), so that the
     sum is exact. The authors' linear schedule rounds in another way.
     """
-    if kind == "constant":
-        weights = [1] * layers
-    elif kind in ("linear", "reverse_linear"):
-        weights = [layers - i for i in range(layers)]
-    else:
-        raise ValueError(f"unknown schedule {kind!r}: constant, linear or reverse_linear")
+    if kind not in SCHEDULES:
+        raise ValueError(f"unknown schedule {kind!r}: {', '.join(SCHEDULES)}")
+    weights = [1 if kind == "constant" else layers - i for i in range(layers)]
 
     shares = [r_total * weight // sum(weights) for weight in weights]
     for i in range(r_total - sum(shares)):  # the remainder is smaller than layers
@@ -59,10 +56,10 @@ def schedule(r_total: int, layers: int, kind: str = "constant") -> tuple[int, ..
     return tuple(shares)
 
 
-def merges(budget: str, config: LlavaConfig) -> tuple[int, ...]:
+def merges(budget: str, config: LlavaConfig, kind: str = "constant") -> tuple[int, ...]:
     """The r_i that leave the budget's share of the N tokens at the layer that is read."""
     left = round(config.visual_tokens * BUDGETS[budget])
-    return schedule(config.visual_tokens - left, config.vision_layers)
+    return schedule(config.visual_tokens - left, config.vision_layers, kind)
 
 
 @torch.no_grad()

@@ -18,14 +18,13 @@ import torch
 
 from dymu import DyMU
 from extras.door import read_json
-from extras.options import number
+from extras.options import SCHEDULES, number
 from lab.ablate import merges
 from lab.shapes import build, find_shape, photo
 from lab.tables import bracket, head, line, spread
 from lab.timing import command, timed
 
 TOWERS = {"CLIP ViT-L/14-336": "tiny-llava", "SigLIP so400m/14-384": "onevision-0.5b"}
-KINDS = ("constant", "linear", "reverse_linear")
 USUAL = {"low": "constant", "10 %": "linear"}  # of lab.ablate's rows, where none is named
 
 
@@ -40,7 +39,7 @@ def measure(a, device, dtype) -> dict:
         pixels = getattr(pixels, "crops", [pixels])[0]
         ways = {"full": DyMU()}
         for budget in USUAL:
-            for kind in KINDS:
+            for kind in SCHEDULES:
                 ways[f"{budget}, {kind}"] = DyMU(r=merges(llava.config, budget, kind))
 
         runs = {name: [] for name in ways}

@@ -208,6 +208,12 @@ def test_calibrate_then_use_what_it_found(run, folder, tmp_path):
     assert run(pictures / "1.png", *argv)[0] == 0
     assert not list(folder.glob(".demo-*"))
 
+    early = ("--schedule", "linear", "--save", tmp_path / "early.json")
+    assert run("--calibrate", pictures, "--model", folder, *early)[0] == 0
+    linear = json.loads((tmp_path / "early.json").read_text())
+    assert linear["schedule"] == "linear" and linear["low"]["r"] == [7, 4, 2]
+    assert linear["tight"]["thresholds"] == linear["mid"]["thresholds"]
+
 
 def test_calibration_over_two_processes_gives_the_same(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("extras.calibrate.BATCH", 2)
@@ -431,7 +437,7 @@ def test_options_may_stand_before_the_question(run, saved, photo):
 def test_help_fits_one_screen(run):
     status, out, err = run("--help")
     assert (status, err) == (0, "") and "examples:" in out
-    assert len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 120
+    assert len(out.splitlines()) <= 48 and max(map(len, out.splitlines())) <= 120
 
 
 def test_the_script_by_itself_prints_no_warnings(saved, photo, tmp_path):
@@ -754,6 +760,8 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
         (["PHOTO", "no-such.png"], "no-such.png is no question, and there is no such file"),
         (["--calibrate", ""], "'' is not a folder"),
         (["PHOTO", "Q", "--enough"], "--enough goes with --calibrate"),
+        (["PHOTO", "Q", "--schedule", "linear"], "--schedule goes with --calibrate"),
+        (["--calibrate", ".", "--schedule", "late"], "--schedule: invalid choice: 'late'"),
         (["--calibrate", ".", "--expand-cache"], "--expand-cache goes not with --calibrate"),
         (["--calibrate", ".", "--tokens", "low"], "--tokens goes not with --calibrate"),
         (["PHOTO", "--show", "a.png"], "--show needs one question"),

@@ -319,7 +319,7 @@ def test_schedules_are_timed_beside_what_they_cost(monkeypatch, tmp_path, capsys
     options = ["--repeats", "2", "--threads", "1", "--save", str(tmp_path / "s.json")]
     schedules.main(options)
     head, _, *rows = capsys.readouterr().out.splitlines()[2:]
-    budgets = [f"{budget}, {kind}" for budget in ("low", "10 %") for kind in schedules.KINDS]
+    budgets = [f"{budget}, {kind}" for budget in ("low", "10 %") for kind in schedules.SCHEDULES]
     assert [row.split(" | ")[0] for row in rows] == [
         f"| {name.replace('_', ' ')}" for name in ("full", *budgets)
     ]
