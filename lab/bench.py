@@ -12,6 +12,7 @@ Both are on the same weight tensors, in one process.
     python -m lab.bench --shape long             # VTU attention alone: 2880 visual tokens,
                                                  # of which 450 are left
     python -m lab.bench --layers 2 --repeats 2   # a quick look: two decoder layers
+    python -m lab.bench --repeats 0              # the first round alone: where one takes minutes
     python -m lab.bench --render                 # only prints the tables of the JSON file;
                                                  # takes the same options
 
@@ -20,9 +21,10 @@ counts. At tight and tightest, of which `leaving` is the second stage, it is mid
 transformers (A), then ours at two budgets with each --vtu (B), and so on: A B A B. Ratios are of a
 B and the A before it. Both get the same photo and text, run under inference_mode with SDPA, compute
 one row of logits, choose greedily, and transformers has its own cache. One more round, the first,
-warms up and tells the peak memory of each stage. transformers runs the whole vision tower, and all
-crops at once, ours the blocks up to the layer that is read, crop by crop. The encoder's time has
-the second stage's in it. The JSON has every raw time.
+tells the peak memory of each stage and warms up; its times count with `--repeats 0` alone.
+transformers runs the whole vision tower, and all crops at once, ours the blocks up to the layer
+that is read, crop by crop. The encoder's time has the second stage's in it. The JSON has every raw
+time.
 """
 
 import argparse
@@ -225,30 +227,38 @@ def take_turns(a, prompt: Prompt, budgets: list[str]) -> dict:
     prompt.ours.encode(pixels, low)  # what a first call keeps for good is no stage's peak
 
     share = []
-    first = {}
+    peaks = {"transformers": {}}
     runs = {"transformers": []}
-    for i in range(-1, a.repeats):  # the first round is the warm-up
+    for i in range(-1, a.repeats):
         watch = timed if i >= 0 else peak_on(prompt.theirs.device)
+        counts = i >= 0 or not a.repeats
         for n, budget in enumerate(budgets):
-            step = f"round {i + 1} of {a.repeats}" if i >= 0 else "warm-up"
+            step = f"round {i + 1} of {a.repeats}" if i >= 0 else "first round"
             print(f"\r{prompt.N} tokens, {step}: {budget:<8}", end="", file=sys.stderr, flush=True)
-            theirs_due = n % 2 == 0 and (i >= 0 or n == 0)  # to warm up once is enough
+            theirs_due = n % 2 == 0 and (counts or n == 0)  # to warm up once is enough
             theirs = ask_theirs(prompt, watch) if theirs_due else ()
             for name, run in (*theirs, *ask_ours(prompt, watch, budget, a.vtu, a.curve is None)):
                 if i < 0:
-                    first[name] = run
-                else:
+                    peaks[name] = part(run, 1)
+                    run = part(run, 0)
+                if counts:
                     run["first"] = run["preprocess"] + run["encoder"] + run["prefill"]
                     runs.setdefault(name, []).append(run)
                     run["pair"] = len(runs["transformers"]) - 1  # the A to be compared with
-            if budget == "low" and i >= 0:
+            if budget == "low" and counts:
                 share.append(matching_share(lambda: prompt.ours.encode(pixels, low)))
     print(file=sys.stderr)
 
     names = ["transformers", *(name for b in BUDGETS for name in runs if name.split(",")[0] == b)]
-    peaks = {name: first[name] for name in names}
+    peaks = {name: peaks[name] for name in names}
     runs = {name: runs[name] for name in names}
     return dict(matching_share_at_low=share, peak_bytes=peaks, runs=runs)
+
+
+def part(run: dict, i: int) -> dict:
+    """Of a run that `peak_on` watched the seconds (0) or the bytes (1) of each stage"""
+    stages = {name: run[name][i] for name in ("preprocess", "encoder", "prefill")}
+    return dict(run, **stages, decode=[one[i] for one in run["decode"]])
 
 
 def measure_curve(a, device, dtype) -> dict:
@@ -302,7 +312,8 @@ def parse() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=number(int, 0), default=0, metavar="K", help=few)
     video = "a video, not a photo"
     p.add_argument("--frames", type=number(int, 0), default=0, metavar="F", help=video)
-    p.add_argument("--repeats", type=number(int, 1), default=3, help="rounds (%(default)s)")
+    rounds = "rounds after the first (%(default)s)"
+    p.add_argument("--repeats", type=number(int, 0), default=3, help=rounds)
     p.add_argument(
         "--curve",
         nargs="*",
@@ -323,6 +334,8 @@ def check(a) -> None:
         raise ValueError("--frames is for the shapes of LLaVA-OneVision, and not for --curve")
     if a.curve is not None and family is None:
         raise ValueError("--curve needs a shape with a decoder")
+    if a.shape == "long" and not a.repeats:
+        raise ValueError("--shape long needs --repeats of at least 1")
 
 
 def file_of(a, device) -> Path:

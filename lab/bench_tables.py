@@ -77,9 +77,13 @@ def by(r: dict) -> str:
     return f"{r['machine']}, {r['threads']} threads, {r['dtype']}, torch {r['torch']}, {r['date']}"
 
 
+def rounds(r: dict) -> str:
+    return f"median [least, most] of {r['repeats']}" if r["repeats"] else "in one round"
+
+
 def long_table(r: dict) -> str:
     what = f"{r['N']} visual tokens, {r['N_un']} left, {r['heads']} heads x {r['head_dim']}"
-    unit = f"Milliseconds, median [least, most] of {r['repeats']}"
+    unit = f"Milliseconds, {rounds(r)}"
     out = [f"Attention of one layer, {what}; {by(r)}. {unit}; ratios pair by pair.", ""]
     out += head("queries per token", "time", "full length / this", "`all` / this")
     runs = r["runs"]
@@ -122,8 +126,8 @@ class Measured:
         out = [
             f"{r['shape']} ({models(r)}), random weights; {by(r)}, transformers "
             f"{r['transformers']}. {r['visual_tokens']} visual tokens and {r['text_tokens']} of "
-            f"text. Milliseconds, median [least, most] of {r['repeats']}; transformers runs more "
-            "often. First token: preprocessing, encoder and prefill.",
+            f"text. Milliseconds, {rounds(r)}; transformers runs more often. First token: "
+            "preprocessing, encoder and prefill.",
             "",
             *head("tokens, `--vtu`", "visual rows", *STAGES.values()),
         ]
@@ -227,9 +231,9 @@ def curve_table(r: dict) -> str:
     out = [
         f"The decoder of {r['shape']} ({decoder(found[0]['text'])}) behind the towers of three "
         f"families, random weights; {by(r)}, transformers {r['transformers']}. Seconds to the "
-        f"first token, median [least, most] of {r['repeats']}; then how many times as fast as "
-        "transformers, pair by pair. Low leaves 16 % of each crop's tokens; what of a tile was "
-        "padding is no visual token, so its rows are more than 16 % of these.",
+        f"first token, {rounds(r)}; then how many times as fast as transformers, pair by pair. Low "
+        "leaves 16 % of each crop's tokens; what of a tile was padding is no visual token, so its "
+        "rows are more than 16 % of these.",
         "",
     ]
     columns = [f"{name}, ratio" for name in ours]

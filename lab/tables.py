@@ -35,6 +35,8 @@ def number(x: float) -> str:
 
 def spread(values, scale: float = 1) -> str:
     """Median [least, most]"""
+    if len(values) == 1:
+        return number(scale * values[0])
     return "{} [{}, {}]".format(*(number(scale * f(values)) for f in (statistics.median, min, max)))
 
 

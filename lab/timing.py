@@ -44,24 +44,27 @@ def clocked(function, spent: list):
 
 def peak_on(device):
     def peak(run):
-        """The most bytes held beyond those held before, None where that cannot be told.
+        """Seconds, and the most bytes held beyond those held before, None where nothing tells.
 
         On CPU: resident set.
         """
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            before, out = torch.cuda.memory_allocated(), run()
-            return out, torch.cuda.max_memory_allocated() - before
+            before = torch.cuda.memory_allocated()
+            out, seconds = timed(run)
+            return out, (seconds, torch.cuda.max_memory_allocated() - before)
         status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
         if device.type != "cpu" or not reset.exists():
-            return run(), None
+            out, seconds = timed(run)
+            return out, (seconds, None)
         # memory freed before must not be there to be used again
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         reset.write_text("5")  # the peak starts anew
-        before, out = status.read_text(), run()
+        before = status.read_text()
+        out, seconds = timed(run)
         most = re.search(r"VmHWM:\s+(\d+)", status.read_text())
         least = re.search(r"VmRSS:\s+(\d+)", before)
-        return out, 1024 * (int(most[1]) - int(least[1]))
+        return out, (seconds, 1024 * (int(most[1]) - int(least[1])))
 
     return peak
 
