@@ -107,6 +107,8 @@ def dots(axes: Axes, values: dict[str, list[float]], xlabel: str) -> None:
         axes.plot([least, most], [-y, -y], color=ACCENT, linewidth=2, alpha=0.5)
         axes.plot(value, -y, "o", color=ACCENT)
     axes.set(yticks=range(0, -len(values), -1), yticklabels=values, xlabel=xlabel)
+    axes.set_ylim(0.5 - len(values), 0.5)
+    axes.locator_params("x", integer=True)
     axes.tick_params("y", length=0, labelcolor=INK)
     axes.grid(axis="x", color=TRACK)
 
