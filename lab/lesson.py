@@ -1,14 +1,17 @@
 """What walkthrough.ipynb draws and measures with, so that its cells show the method alone.
 
-jupyter execute --inplace walkthrough.ipynb      # runs it, and stores its outputs
+python -m lab.lesson      # runs it, and stores its outputs
 """
 
 import inspect
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from nbclient import NotebookClient
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from lab.scenes import GRID, scene
 from lab.tables import bracket, interval, resample
 from model import KVCache, rope_table
 
+FILE = Path(__file__).parent.parent / "walkthrough.ipynb"
 WIDTH = 6.4  # inches of every figure: on a phone, at half the size, its text is still read
 HEAT = LinearSegmentedColormap.from_list("heat", ["white", ACCENT])
 ORDER = LinearSegmentedColormap.from_list("order", ["white", TRACK, SOFT, INK])
@@ -174,3 +178,21 @@ class Quiz:
         asked = torch.tensor([float(len(asked)) for asked in self.asked])
         values = resample(right, asked)
         return interval(values[:, 0] - values[:, 1] if minus else values[:, 0])
+
+
+def executed() -> nbformat.NotebookNode:
+    """The notebook, run in a fresh kernel"""
+    notebook = nbformat.read(FILE, as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(FILE.parent)}},
+        coalesce_streams=True,
+        record_timing=False,  # or every run would change every cell
+    ).execute()
+    return notebook
+
+
+if __name__ == "__main__":
+    nbformat.write(executed(), FILE)

@@ -2,16 +2,13 @@
 
 import os
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from lab import lesson
 
-FILE = Path(__file__).parent.parent / "walkthrough.ipynb"
-STORED = nbformat.read(FILE, as_version=4).cells
+STORED = nbformat.read(lesson.FILE, as_version=4).cells
 
 
 def text(cell) -> str:
@@ -28,12 +25,7 @@ def pictures(cell) -> int:
 
 
 def test_it_runs_in_a_fresh_kernel_and_shows_what_is_stored():
-    notebook = nbformat.read(FILE, as_version=4)
-    for cell in notebook.cells:
-        cell.get("outputs", []).clear()
-    where = {"metadata": {"path": str(FILE.parent)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
-
+    notebook = lesson.executed()
     assert len(notebook.cells) == len(STORED)
     for cell, stored in zip(notebook.cells, STORED):
         assert text(cell) == text(stored), f"run it anew: {lesson.__doc__}"
@@ -45,10 +37,11 @@ def test_it_runs_in_a_fresh_kernel_and_shows_what_is_stored():
 
 
 def test_it_is_stored_whole_without_warnings_and_small():
-    assert FILE.stat().st_size < 1_500_000
+    assert lesson.FILE.stat().st_size < 1_500_000
     code = [cell for cell in STORED if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(map(pictures, code)) >= 10
+    assert not any("execution" in cell.metadata for cell in code)
     for output in (output for cell in code for output in cell.outputs):
         assert output.get("name") != "stderr" and output.output_type != "error"
 
