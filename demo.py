@@ -25,6 +25,7 @@ from huggingface_hub.utils import tqdm
 
 from extras import calibrate, chat, show, thresholds, video
 from extras.anyres import placeholders, positions
+from extras.control import control
 from extras.decoding import sampler
 from extras.devices import announce_memory, choose_device
 from extras.door import announce_download, check_writable, find, one_line
@@ -62,6 +63,7 @@ def answer(a) -> None:
     processor = load_processor(folder, a.pad)
     settings = thresholds.settings(a, folder, processor)
     pixels = video.see(processor, shown)
+    controlled, masks = control(a, processor, shown, pixels)
 
     # what is wrong with the first prompt is told before a long load
     first, questions = chat.questions(a.question, a.chat)
@@ -72,7 +74,7 @@ def answer(a) -> None:
 
     progress = partial(tqdm, desc="loading", delay=3, disable=None)
     llava = load_model(folder, device, a.dtype, announce_memory, progress)
-    new_session = partial(Measured, llava, processor, pixels, expand=a.expand_cache)
+    new_session = partial(Measured, llava, processor, controlled, expand=a.expand_cache)
 
     several = len(settings) > 1
     if several:  # the times are to be compared: each shape is met once before it is timed
@@ -90,7 +92,7 @@ def answer(a) -> None:
         panels = [(name, sessions[name].visual, report) for name, report in reports.items()]
         if several and a.after is None:  # the input itself shows what full is
             panels = panels[1:]
-        show.save(a.show, processor, shown, pixels, panels, question)
+        show.save(a.show, processor, shown, pixels, panels, question, masks)
         note(f"wrote {a.show}")
 
 

@@ -26,6 +26,9 @@ CALIBRATION += ("save", "schedule", "enough")
 
 SCHEDULES = ("constant", "linear", "reverse_linear")  # Appendix B
 
+OUTSIDE = 0.6  # the second stage's tau outside boxes
+NONE = -2.0  # below any cosine: all becomes one token
+
 # what is rather a misspelt file than a question
 PICTURE = r"\S+\.(jpe?g|png|gif|webp|bmp|tiff?|mp4|mov|mkv|avi|webm)"
 
@@ -89,6 +92,31 @@ def vtu(text: str) -> str:
     return text
 
 
+def of_picture(kind):
+    """For argparse: TEXT or NUMBER:TEXT, where kind makes something of the text, and 1 is first"""
+
+    def parse(text: str):
+        number, rest = re.fullmatch(r"(?:0*([1-9]\d{0,5}):)?(.*)", text, re.S).groups()
+        return int(number or 1), kind(rest)
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def box(text: str) -> tuple:
+    numbers = [int(n) if n.lstrip("-").isdecimal() else float(n) for n in text.split(",")]
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+        raise argparse.ArgumentTypeError(f"{text} is not x0,y0,x1,y1")
+    x0, y0, x1, y1 = numbers
+    if x0 >= x1 or y0 >= y1:
+        raise argparse.ArgumentTypeError(f"{text} is empty: x0 < x1 and y0 < y1 are needed")
+    return x0, y0, x1, y1
+
+
+def outside(text: str) -> float:
+    return NONE if text == "none" else number(float, -1, 1)(text)
+
+
 def temperature(text: str) -> float:
     value = float(text)
     if value != 0 and not 1e-6 <= value <= 100:
@@ -147,6 +175,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tokens", default="full", metavar="T", help=budget)
     queries = "queries per token: all, 1, ...; auto (default): 1 if long; off: no VTU"
     add("--vtu", type=vtu, default="auto", metavar="Q", help=queries)
+    most = "at most so many tokens of each picture or video"
+    add("--cap", type=number(int, 1), metavar="K", help=most)
+    what = "x0,y0,x1,y1, pixels or shares: where tokens matter; 2:x0,... of picture 2; repeatable"
+    add("--box", type=of_picture(box), action="append", default=[], metavar="B", help=what)
+    white = "the same from a picture that is white there"
+    add("--mask", type=of_picture(str), action="append", default=[], metavar="FILE", help=white)
+    further = f"how far all else merges: --after's TAU there ({OUTSIDE}), or none: to one token"
+    add("--outside", type=outside, metavar="TAU", help=further)
     converse = "go on asking: each question after the answers before it"
     add("--chat", action="store_true", help=converse)
     add("--expand-cache", action="store_true", help="a cache of all N positions: faster, larger")
@@ -207,5 +243,12 @@ def check(a: argparse.Namespace, given: set[str]) -> None:
             fail("the name of a picture is empty")
         if re.match(r"\w+://", name):
             fail(f"{name} is a URL: save what is there as a file, files are what is read")
+    regions = a.box + a.mask
+    if any(picture > len(a.pictures) for picture, _ in regions):
+        fail(f"a --box or --mask is of picture {max(regions)[0]}, {len(a.pictures)} are given")
+    if regions and a.tokens == "full" and a.after is None:
+        fail("--box and --mask go with fewer --tokens than full, or with --after")
+    if a.outside is not None and not regions:
+        fail("--outside goes with --box or --mask")
     if a.show and (a.chat or not asked):
         fail("--show needs one question")

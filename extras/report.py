@@ -9,7 +9,7 @@ import torch
 
 from dymu import DyMU
 from extras.chat import Session
-from model import Llava
+from model import Llava, as_list
 
 
 @dataclass
@@ -25,14 +25,17 @@ class Report:
     prefill_s: float
     decode_tokens_per_s: float
     cache_bytes: int
+    capped_tau: list[float | None]  # of each picture, to which --cap lowered the second stage's
     device: str
     dtype: str
 
     def __str__(self):
         reused = f"{self.reused} positions reused, " if self.reused else ""
+        taus = ", ".join(f"{tau:.3f}" for tau in self.capped_tau if tau is not None)
+        capped = f"capped with tau {taus}, " if taus else ""
         return (
             f"visual tokens {self.virtual_tokens} -> {self.visual_tokens} "
-            f"({100 * self.visual_tokens / self.virtual_tokens:.0f} %), {reused}"
+            f"({100 * self.visual_tokens / self.virtual_tokens:.0f} %), {capped}{reused}"
             f"encoder {self.encoder_s:.2f} s, prefill {self.prefill_s:.2f} s, "
             f"{self.decode_tokens_per_s:.1f} tokens/s, cache {self.cache_bytes / 2**20:.3g} MiB"
         )
@@ -60,6 +63,7 @@ class Measured(Session):
         if where.type != "cpu":
             torch.accelerator.synchronize(where)
         self.encoder_s = time.perf_counter() - start
+        self.capped_tau = [getattr(one, "tau", None) for one in as_list(pixels)]
 
     def prompt(self, question: str) -> torch.Tensor:
         return self.processor.prompt(question, self.pixels, self.turns)
@@ -104,6 +108,7 @@ class Measured(Session):
             prefill_s=prefilled - start,
             decode_tokens_per_s=max(len(new) - 1, 0) / (end - prefilled),
             cache_bytes=self.cache.bytes,
+            capped_tau=self.capped_tau,
             device=str(weight.device),
             dtype=str(weight.dtype).removeprefix("torch."),
         )

@@ -12,10 +12,11 @@ from unicodedata import category, normalize
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
 from extras.anyres import AnyResProcessor
+from extras.control import unnormalised
 from extras.door import atomically
 from extras.options import note
 from extras.video import Frames, several_pictures
@@ -45,15 +46,19 @@ FONTS = (
 SPELLED = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "•": "·", "ß": "ss"})
 
 
-def save(file: Path, processor, shown: list, pixels: list, panels: list[tuple], question: str):
+def save(
+    file: Path, processor, shown: list, pixels: list, panels: list[tuple], question: str, masks=None
+):
     """shown: pictures, and videos as lists of frames; panels: (title, visual, report), where visual
-    is what `Llava.encode` gave for pixels."""
+    is what `Llava.encode` gave for pixels; masks: as shown, of regions to be outlined, or None."""
     c = processor.config
     panels = [(title, patches(c, pixels, visual), report) for title, visual, report in panels]
     views = views_of(processor, shown)
     frames = sum(len(one) for one in shown if isinstance(one, list))
+    masks = views_of(unnormalised(processor), masks or [])
     with atomically(file) as part:
-        draw(views, panels, question, frames, crops(processor, shown)).save(part, format="PNG")
+        page = draw(views, panels, question, frames, crops(processor, shown), masks)
+        page.save(part, format="PNG")
 
 
 def views_of(processor, shown: list) -> list[Image.Image]:
@@ -107,11 +112,12 @@ def patches(config, pixels: list, visual: list[tuple[Tensor, Tensor]]) -> list[T
 # ---- The page ----
 
 
-def draw(views, panels, question, frames: int = 0, cropped: str = "") -> Image.Image:
+def draw(views, panels, question, frames: int = 0, cropped: str = "", masks=()) -> Image.Image:
     """The question, below it the input, and a panel for each (title, grids, report).
 
     views: the pictures or frames as the model sees them, and how many of them are frames; grids:
-    from `patches`; report: with answer, visual_tokens and virtual_tokens; cropped: from `crops`.
+    from `patches`; report: with answer, visual_tokens and virtual_tokens; cropped: from `crops`;
+    masks: of regions in the views, or nothing.
     """
     shapes = [grid.shape for grid in panels[0][1]]
     columns, room = arrange(shapes, len(panels))
@@ -139,6 +145,8 @@ def draw(views, panels, question, frames: int = 0, cropped: str = "") -> Image.I
         for view, (h, w), (_, _, cell) in zip(views, shapes, spots)
     ]
 
+    lines = [outline(mask, view.size) for mask, view in zip(masks, views)]
+
     canvas = Image.new("RGB", (WIDTH, top + sum(below) + len(below) * block_h), "white")
     pen = ImageDraw.Draw(canvas)
     above.draw(pen, 0, MARGIN, MARGIN - 6, INK)
@@ -147,6 +155,8 @@ def draw(views, panels, question, frames: int = 0, cropped: str = "") -> Image.I
         y = top + row * block_h + sum(below[:row])
         for (dx, dy, _), view in zip(spots, merged(views, panels[i - 1][1]) if i else views):
             canvas.paste(ImageOps.expand(view, 1, TRACK), (x + dx - 1, y + dy - 1))
+        for (dx, dy, _), line in zip(spots, lines):
+            canvas.paste(ACCENT, (x + dx, y + dy), line)
 
         y += block_h + 8
         if i:  # a bar: the share of the tokens that is left
@@ -266,6 +276,13 @@ def merged_view(view: Image.Image, at: Tensor, old: Tensor) -> Image.Image:
     faded = torch.lerp(pixels, torch.tensor(255.0), 0.8)
     pixels = torch.where(old[..., None], faded, pixels)
     return Image.frombytes("RGB", (w, h), bytes(pixels.round().byte().flatten().tolist()))
+
+
+def outline(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The rim of what is white in a mask, as a mask of this size"""
+    white = mask.convert("L").resize(size).point(lambda v: 255 * (v > 127))
+    inner = ImageOps.expand(white, 2).filter(ImageFilter.MinFilter(5))
+    return ImageChops.subtract(white, ImageOps.crop(inner, 2))
 
 
 # ---- Text ----

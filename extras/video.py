@@ -83,7 +83,8 @@ class OneVision(anyres.AnyRes):
         """Raises ValueError where a placeholder is not of the kind of what stands for it."""
         c = self.config
         kinds = {True: c.video_token_index, False: c.image_token_index}
-        wanted = [kinds[isinstance(one, Video)] for one in as_list(pixels)]
+        names = [getattr(one, "placeholders", None) for one in as_list(pixels)]
+        wanted = [kinds[name == Video.placeholders] for name in names]
         found = [i for i in torch.as_tensor(ids).tolist() if i in c.placeholders]
         if len(found) == len(wanted) and found != wanted:
             raise ValueError(
