@@ -136,6 +136,8 @@ def test_what_is_cropped_away_is_told_and_what_is_small_is_not_lost():
         black = Image.new("L", (800, 200))
         black.filename = "black.png"
         find_inside(processor, wide, 0, [black])
+    with pytest.raises(ValueError, match="nothing of --box"):
+        find_inside(processor, [[wide[0], wide[0]]], 0, [(100, 0, 200, 200)])
     clipped = find_inside(load_processor(TINY, pad=True), wide, 0, [(-50, -50, 8, 900)])[0]
     assert clipped.view(16, 16).nonzero().tolist() == [[i, 0] for i in range(6, 10)]
 
