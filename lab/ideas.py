@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor
 
 from dymu import DyMU, Seen, average, cosine, remerge, rotate, similar_keys
-from extras.control import Controlled
 from model import KVCache, Llava, rope_table
 
 # ---- Another similarity: DyMU(similarity=...). ToMe (arXiv 2210.09461) compares such features ----
@@ -145,31 +144,22 @@ def fastv(llava, ids, visual, keep, settings=DyMU(), after=2, merged=False, row=
     return llava.logits(decoder.norm(x))
 
 
-# ---- The question decides: SparseVLM (arXiv 2410.04417) asks the text, too ----
+# ---- The question decides, as in SparseVLM (arXiv 2410.04417) ----
 
 
-@dataclass
-class Asked:
-    """Regions of interest from the question: the tokens that it attends to most, in a first pass.
+@torch.no_grad()
+def attended(llava: Llava, ids: Tensor, pixels: Tensor, share=0.25, layers=2) -> Tensor:
+    """Which positions the end of the question attends to most, in a first pass -> (N,) bool
 
-    A picture whose other tokens the second stage merges further, to the tau of `outside`.
+    ids (T,): the prompt; share: of the positions; layers: so many of the decoder run, the last one
+    counts. `Controlled(pixels, attended(llava, ids, pixels))` merges the others further.
     """
+    x, token_at = llava.prepare(ids, pixels, DyMU())
+    (first,) = llava.find_placeholders(ids, 1)
+    cos, sin = rope_table(len(token_at), llava.config.text_config, x.device)
+    for layer in llava.language_model.layers[:layers]:
+        weight = attention_from(layer, x, token_at, cos, sin, len(x) - 1)
+        x = layer(x, token_at, cos, sin, None, KVCache())
 
-    picture: Tensor
-    ids: Tensor  # of the prompt
-    share: float = 0.25  # of the positions: what is inside
-    outside: float = 0.6
-    layer: int = 2  # of the decoder, in which attention is looked at
-
-    def encode(self, llava: Llava, settings: DyMU):
-        x, at = llava.prepare(self.ids, self.picture, DyMU())
-        (first,) = llava.find_placeholders(self.ids, 1)
-        N = len(x) - len(self.ids) + 1
-        cos, sin = rope_table(len(at), llava.config.text_config, x.device)
-        for layer in llava.language_model.layers[: self.layer]:
-            weight = attention_from(layer, x, at, cos, sin, len(x) - 1)
-            x = layer(x, at, cos, sin, None, KVCache())
-
-        weight = weight[first : first + N]
-        inside = weight >= weight.quantile(1 - self.share)
-        return Controlled(self.picture, inside, self.outside).encode(llava, settings)
+    weight = weight[first : first + llava.config.visual_tokens]
+    return weight >= weight.quantile(1 - share)

@@ -10,11 +10,12 @@ from einops import rearrange
 from test_readme import lines_of_code
 
 from dymu import DyMU, cosine, rotate, similar_keys
+from extras.control import Controlled
 from extras.options import NONE
 from extras.second_stage import second_stage
 from extras.thresholds import find_thresholds
 from lab import ablate, ideas
-from lab.ideas import Asked, VisionZip, fastv
+from lab.ideas import VisionZip, attended, fastv
 from lab.scenes import HELD_OUT, scene
 from model import rope_table
 
@@ -37,7 +38,7 @@ def prompt(tiny):
 
 
 def test_each_is_short_and_names_its_source(tmp_path):
-    for idea in (ideas.values, ideas.states, ideas.less_contrast_first, VisionZip, fastv, Asked):
+    for idea in (ideas.values, ideas.states, ideas.less_contrast_first, VisionZip, fastv, attended):
         (tmp_path / "idea.py").write_text(inspect.getsource(idea))
         assert lines_of_code(tmp_path / "idea.py") <= 35, idea
     source = inspect.getsource(ideas)
@@ -180,16 +181,17 @@ def test_attention_is_that_of_the_expanded_sequence(tiny, pixels, prompt):
 @torch.no_grad()
 def test_the_question_says_what_is_inside(tiny, pixels):
     llava, processor = tiny
-    settings = DyMU(after=second_stage(0.9))
-    counts = []
+    found = []
     for question in ("describe the image.", "how many shapes are there?"):
         ids = processor.prompt(question)
-        ((rows, at),) = llava.encode(Asked(pixels, ids, outside=NONE), settings)
-        assert 2 < len(rows) < len(llava.encode(pixels, settings)[0][0])
+        inside = attended(llava, ids, pixels)
         x, _ = llava.prepare(ids, pixels, DyMU())
-        _, attended = plain_with_a_mask(llava, x, 2, torch.ones(len(x), dtype=torch.bool))
+        _, weight = plain_with_a_mask(llava, x, 2, torch.ones(len(x), dtype=torch.bool))
         place = ids.tolist().index(llava.config.image_token_index)
-        rest = attended[place : place + 256].argsort()[:190]
-        assert len(at[rest].unique()) == 1
-        counts.append(at.tolist())
-    assert counts[0] != counts[1]
+        assert inside.nonzero().flatten().tolist() == sorted(
+            weight[place : place + 256].topk(64).indices.tolist()
+        )
+        ((rows, at),) = llava.encode(Controlled(pixels, inside, NONE), DyMU(after=second_stage(1)))
+        assert len(rows) == 65 and len(at[~inside].unique()) == 1
+        found.append(inside)
+    assert not torch.equal(*found)
