@@ -26,7 +26,7 @@ CALIBRATION += ("save", "schedule", "enough")
 
 SCHEDULES = ("constant", "linear", "reverse_linear")  # Appendix B
 
-OUTSIDE = 0.6  # the second stage's tau outside boxes
+OUTSIDE = 0.4  # the second stage's tau outside boxes, chosen by lab.peers --choose
 NONE = -2.0  # below any cosine: all becomes one token
 
 # what is rather a misspelt file than a question

@@ -344,9 +344,9 @@ def table(results: dict) -> str:
     full = results["rows"]["full"]["right"]
     told = ", ".join(f"{column} {bracket(full[column])}" for column in COLUMNS)
     out = [
-        f"{pictures['scenes']} held-out scenes with {asked['scenes']} questions, and "
-        f"{pictures['small text']} with small text, of which the {asked['small reading']} questions "
-        f"that ask to read it count. Right at full length, in %: {told}. Differences to the row that is "
+        f"{pictures['scenes']} held-out scenes, {asked['scenes']} questions; and "
+        f"{pictures['small text']} with small text, {asked['small reading']} questions to read it. "
+        f"Right at full length, in %: {told}. The other columns are differences to the row that is "
         "named, in points, with paired 95 % bootstrap intervals over pictures. Tokens: mean ± "
         "standard deviation over the scenes.",
     ]

@@ -279,6 +279,8 @@ def test_the_cap_lowers_tau_inside_then_outside():
         further = second_stage(min(one.tau, outside))
         expected, where = apart(x, token_at, inside, second_stage(one.tau), further)
         assert torch.equal(rows, expected) and torch.equal(at, where)
+    llava.encode(one, DyMU(after=second_stage(0.3)))
+    assert one.tau is None  # it did not have to fall this time
 
 
 def test_a_video_of_its_own_placeholder_generates(checkpoint):
