@@ -51,6 +51,9 @@ def test_boxes_are_those_of_the_things_that_are_asked_about():
     (thing,) = about
     assert (x0 + x1, y0 + y1) == pytest.approx((2 * thing.x, 2 * thing.y))
     assert x1 - x0 == pytest.approx(2 * thing.w) and y1 - y0 >= 2 * thing.h - 1e-6
+    turned = dataclasses.replace(thing, kind="rectangle", text="", x=50, y=60, w=20, h=15)
+    assert peers.boxes([turned]) == [(30, 40, 70, 80)]
+    assert peers.boxes([dataclasses.replace(turned, text="9")]) == [(30, 45, 70, 75)]
 
 
 @torch.no_grad()
@@ -124,6 +127,19 @@ def test_thresholds_of_terms_are_found_with_the_terms_of_each_picture(tiny, monk
         assert left[0] == pytest.approx(left[1], abs=2)
 
 
+def test_each_picture_has_its_own_term_when_thresholds_are_found(monkeypatch):
+    asked = []
+
+    def similarity(processor, term, drawn, pixels):
+        return lambda seen: asked.append(drawn.things) or similar_keys(seen)
+
+    monkeypatch.setattr(peers, "similarity", similarity)
+    monkeypatch.setattr(ablate, "THRESHOLD_SCENES", 2)
+    monkeypatch.setattr(ablate, "BATCH", 2)
+    peers.thresholds(TINY, "low", "boxes")
+    assert asked == [scene(0).things, scene(1).things] * 7
+
+
 def test_answers_are_those_of_ablate_and_of_fastv_that_keeps_all(tiny):
     rows = {"plain": Row(), "FastV": Row(fastv=(256, False)), "few": Row(fastv=(2, False))}
     rows["asked"] = Row(DyMU(after=second_stage(0.9)), inside="attention", outside=0.99)
@@ -172,4 +188,5 @@ def test_the_table_tells_what_was_counted(rows, monkeypatch):
     lines = [line for line in shown.splitlines() if line.startswith("| ") and "%" in line]
     assert len(lines) == len(rows) - 1 and {line.count("|") for line in lines} == {10}
     assert "| ToMe 5 % by values | 13.0 ± 0.0 | 0.0 [0.0, 0.0] | ToMe 5 % by keys | +0.0" in shown
+    assert "| ToMe 5 % by keys |  |  |  |  |  |" in shown  # itself
     assert "**Other methods**" in shown and dataclasses.is_dataclass(Row)
