@@ -14,6 +14,7 @@ from pathlib import Path
 EXAMPLES = """examples:
   python demo.py photo.jpg "What is on the table?"                  all tokens: the plain model
   python demo.py photo.jpg "What is on the table?" --tokens low     16 % of them on average
+  python demo.py photo.jpg "Read it." --tokens tight --box 40,60,200,90   mostly of a region
   python demo.py photo.jpg --tokens low                             asks for questions
   python demo.py before.jpg after.jpg "What changed?"                several pictures
   python demo.py clip.gif "What happens?" --frames 8                a video
