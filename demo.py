@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from huggingface_hub.utils import tqdm
 
-from extras import calibrate, chat, show, thresholds, video
+from extras import calibrate, chat, page, show, thresholds, video
 from extras.anyres import placeholders, positions
 from extras.control import control
 from extras.decoding import sampler
@@ -80,6 +80,8 @@ def answer(a) -> None:
     if several:  # the times are to be compared: each shape is met once before it is timed
         for one in settings.values():
             new_session(one).reply(ids, max_new_tokens=2)
+    if page.asked(a):
+        settings = {name: page.Recording(**vars(one)) for name, one in settings.items()}
     sessions = {name: new_session(one) for name, one in settings.items()}
 
     for question in questions:
@@ -89,10 +91,8 @@ def answer(a) -> None:
                 for name, report in reports.items():
                     sessions[name].turns.append((question, report.answer))
     if a.show:
-        panels = [(name, sessions[name].visual, report) for name, report in reports.items()]
-        if several and a.after is None:  # the input itself shows what full is
-            panels = panels[1:]
-        show.save(a.show, processor, shown, pixels, panels, question, masks)
+        save = page.save if page.asked(a) else show.save
+        save(a, shown, masks, sessions, reports, question)
         note(f"wrote {a.show}")
 
 

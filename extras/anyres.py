@@ -89,22 +89,25 @@ class Picture(NamedTuple):
             nothing = at.new_empty(1, 0)
             return end_rows(x, whole, nothing, llava.image_newline, merged, settings.after)
 
-        (rows, columns), (above, left), size = cut(self.size, llava.config)
+        (rows, columns), _, size = cut(self.size, llava.config)
         if len(at) != 1 + rows * columns:
             raise ValueError(
                 f"{len(at)} crops of a picture of {self.size} (h, w), wanted {1 + rows * columns}"
             )
 
-        # the tiles side by side, without the padding
-        g = llava.config.vision_config.grid
-        grid = rearrange(at[1:], "(r c) (h w) -> (r h) (c w)", r=rows, h=g)
-        grid = grid[above : rows * g - above, left : columns * g - left]
-
+        grid = self.side_by_side(at[1:], llava.config)
         if grid.shape != size:
             resized, grid = resample(x, grid, size)
             grid = len(x) + grid
             x = torch.cat((x, resized))
         return end_rows(x, whole, grid, llava.image_newline, merged, settings.after)
+
+    def side_by_side(self, tiles: Tensor, c: AnyResConfig) -> Tensor:
+        """What stands in the tiles (tiles, N) -> the same as one grid (h, w), without padding"""
+        (rows, columns), (above, left), _ = cut(self.size, c)
+        g = c.vision_config.grid
+        grid = rearrange(tiles, "(r c) (h w) -> (r h) (c w)", r=rows, h=g)
+        return grid[above : rows * g - above, left : columns * g - left]
 
 
 class AnyResProcessor(Processor):
@@ -293,7 +296,11 @@ def resample(x: Tensor, grid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Te
     as in Eq. 11. Where nothing has merged this is the full model's resizing and nothing else.
     """
     resized = F.interpolate(rearrange(x[grid], "h w d -> 1 d h w"), size, mode="bilinear")
-    nearest = F.interpolate(grid[None, None].float(), size, mode="nearest-exact").long().flatten()
-    used, token_at = nearest.unique(return_inverse=True)
+    used, token_at = nearest(grid, size).flatten().unique(return_inverse=True)
     rows = remerge(rearrange(resized, "1 d h w -> (h w) d"), token_at, len(used))
     return rows, token_at.view(size)
+
+
+def nearest(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """A grid (h, w) of whole numbers, resized: at each new position what stood nearest to it"""
+    return F.interpolate(grid[None, None].float(), size, mode="nearest-exact")[0, 0].long()

@@ -93,6 +93,11 @@ class Controlled:
         return rows
 
 
+def plain(pixels: list) -> list:
+    """The pictures and videos themselves, without what limits them"""
+    return [one.picture if isinstance(one, Controlled) else one for one in pixels]
+
+
 def apart(x: Tensor, token_at: Tensor, inside: Tensor, here: Callable, there: Callable):
     """Two second stages, `here` among the rows inside and `there` among the others.
 

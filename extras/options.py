@@ -134,9 +134,9 @@ def writable(text: str) -> Path:
     return file
 
 
-def png(text: str) -> Path:
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text} is not a .png file")
+def png_or_html(text: str) -> Path:
+    if not text.lower().endswith((".png", ".html")):
+        raise argparse.ArgumentTypeError(f"{text} is not a .png or .html file")
     return writable(text)
 
 
@@ -196,8 +196,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="S",
         help="of the sampling (%(default)s)",
     )
-    merged = "save a picture (PNG) of which patches were merged"
-    add("--show", type=png, metavar="FILE", help=merged)
+    merged = "save which patches were merged: a picture (.png) or a page for a browser (.html)"
+    add("--show", type=png_or_html, metavar="FILE", help=merged)
     add("--json", action="store_true", help="print one JSON object per budget and nothing else")
     add("--calibrate", metavar="FOLDER", help="find all budgets on its pictures")
     beside = "of --calibrate (default: thresholds.json beside the checkpoint)"

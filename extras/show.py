@@ -7,7 +7,6 @@ where they are large: they gather where detail stayed.
 
 import contextlib
 import math
-from pathlib import Path
 from unicodedata import category, normalize
 
 import torch
@@ -16,7 +15,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
 from extras.anyres import AnyResProcessor
-from extras.control import unnormalised
+from extras.control import plain, unnormalised
 from extras.door import atomically
 from extras.options import note
 from extras.video import Frames, several_pictures
@@ -46,17 +45,23 @@ FONTS = (
 SPELLED = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "•": "·", "ß": "ss"})
 
 
-def save(
-    file: Path, processor, shown: list, pixels: list, panels: list[tuple], question: str, masks=None
-):
-    """shown: pictures, and videos as lists of frames; panels: (title, visual, report), where visual
-    is what `Llava.encode` gave for pixels; masks: as shown, of regions to be outlined, or None."""
-    c = processor.config
-    panels = [(title, patches(c, pixels, visual), report) for title, visual, report in panels]
+def save(a, shown: list, masks, sessions: dict, reports: dict, question: str) -> None:
+    """a: the options; shown: pictures, and videos as lists of frames; masks: of each regions to be
+    outlined, or None; sessions, reports: of each budget the `Measured` session and what it
+    answered"""
+    panels = []
+    for name, one in sessions.items():
+        processor = one.processor
+        grids = patches(processor.config, one.pixels, one.visual)
+        panels.append((name, grids, reports[name]))
+    _, _, first = panels[0]
+    if len(panels) > 1 and first.visual_tokens == first.virtual_tokens:
+        panels = panels[1:]  # the input itself shows what full is
+
     views = views_of(processor, shown)
     frames = sum(len(one) for one in shown if isinstance(one, list))
-    masks = views_of(unnormalised(processor), masks or [])
-    with atomically(file) as part:
+    masks = regions_of(processor, masks)
+    with atomically(a.show) as part:
         page = draw(views, panels, question, frames, crops(processor, shown), masks)
         page.save(part, format="PNG")
 
@@ -65,6 +70,11 @@ def views_of(processor, shown: list) -> list[Image.Image]:
     """What the model sees of pictures, and of videos as lists of frames"""
     several = several_pictures(shown)
     return [processor.view(view, several and view is one) for one in shown for view in as_list(one)]
+
+
+def regions_of(processor, masks: list | None) -> list[Image.Image]:
+    """The same of masks, in black and white"""
+    return views_of(unnormalised(processor), masks or [])
 
 
 def crops(processor, shown: list) -> str:
@@ -90,7 +100,9 @@ def patches(config, pixels: list, visual: list[tuple[Tensor, Tensor]]) -> list[T
     """
     found = []
     n = 0  # tokens of the pictures before
-    pixels = [view for one in pixels for view in (one.frames if type(one) is Frames else [one])]
+    pixels = [
+        view for one in plain(pixels) for view in (one.frames if type(one) is Frames else [one])
+    ]
     for one, (x, at) in zip(pixels, visual):
         at = n + at.cpu()
         n += len(x)

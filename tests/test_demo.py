@@ -829,8 +829,11 @@ def test_unreadable_picture(run, saved, photo, monkeypatch):
         *((["PHOTO", "Q", "--threads", t], "--threads") for t in ("0", "1000000", "all")),
         (["PHOTO", "Q", "--vtu", "99999999999999999999"], "--vtu"),
         (["PHOTO", "Q", "--show", "no/where.png"], "cannot be written"),
-        (["PHOTO", "Q", "--show", "."], "--show: . is not a .png file"),
-        (["PHOTO", "Q", "--show", "/dev/null"], "is not a .png file"),
+        (["PHOTO", "Q", "--show", "a.htm"], "--show: a.htm is not a .png or .html file"),
+        (["PHOTO", "Q", "--show", "no/where.html"], "cannot be written"),
+        (["PHOTO", "--show", "a.html"], "--show needs one question"),
+        (["PHOTO", "Q", "--show", "."], "--show: . is not a .png or .html file"),
+        (["PHOTO", "Q", "--show", "/dev/null"], "is not a .png or .html file"),
         (
             ["PHOTO", "Q", "--tokens", "tiny"],
             "none of full, low, mid, high, tight, tightest and all, and not a file",

@@ -1,0 +1,287 @@
+"""A page for a browser that shows the tokens merge, layer by layer: for `--show FILE.html`.
+
+One file that needs nothing else: page.html, and in it, as JSON, what was run. What the encoder does
+is noted while it encodes for the answer, by settings that change nothing (`Recording`). Of all that
+there is of a token the page has it at each patch: that is a few arrays of one length, packed.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import zlib
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from dymu import DyMU, match, merge
+from extras import show
+from extras.anyres import nearest
+from extras.control import Controlled, plain
+from extras.decoding import sampler
+from extras.door import atomically
+from extras.looked import looked
+from extras.video import Video
+from model import KVCache
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+ROOM = 150_000  # bytes of attention that the page keeps of a budget, for each of up to 3 pictures
+
+
+def asked(a) -> bool:
+    """a: the options"""
+    return a.show is not None and a.show.suffix.lower() == ".html"
+
+
+@dataclass(frozen=True)
+class Recording(DyMU):
+    """Settings that do what `DyMU` does, and note it: of each crop, layer by layer.
+
+    Of each position its token before and after, what that was compared with, and the score; -inf
+    for the tokens of B.
+    """
+
+    noted: list = field(default_factory=list)
+
+    def choose(self, score: Tensor, seen) -> Tensor:
+        chosen = super().choose(score, seen)
+        _, partner = match(self.similarity(seen), seen.class_token)
+        _, _, after = merge(seen.x, seen.size, seen.token_at, partner, chosen)
+
+        scores = score.new_full((len(seen.x),), -torch.inf)
+        scores[::2] = score
+        partners = torch.zeros_like(scores, dtype=torch.long)
+        partners[::2] = 1 + 2 * partner
+        before = seen.token_at
+        self.noted.append((torch.stack((before, after, partners[before])), scores[before]))
+        return chosen
+
+
+def save(a, shown: list, masks, sessions: dict, reports: dict, question: str) -> None:
+    """As `show.save`, for sessions whose settings are `Recording`s"""
+    session = next(iter(sessions.values()))
+    prompt = session.prompt(question)
+    views = show.views_of(session.processor, shown)
+    position = show.patches(session.processor.config, session.pixels, each_position(session.visual))
+    views = [(view.convert("RGB"), *at.shape) for view, at in zip(views, position)]
+    colours = [mean_colours(*view) for view in views]
+    for (view, *_), mask in zip(views, show.regions_of(session.processor, masks)):
+        view.paste(show.ACCENT, mask=show.outline(mask, view.size))
+    budgets = []
+    for name, one in sessions.items():
+        budgets.append({"name": name} | budget(a, one, prompt, reports[name]))
+    reference = budgets[0]["answers"][0]
+    for one in budgets:
+        one["answers"] = [compared(answer, reference) for answer in one["answers"]]
+
+    data = {
+        "question": question,
+        "model": a.model,
+        "method": {"dtome": "DToMe", "tome": "ToMe"}[a.method],
+        "files": list(map(str, a.pictures)),
+        "cropped": show.crops(session.processor, shown),
+        "frames": all(isinstance(one, list) for one in shown),
+        "views": [{"h": h, "w": w, "picture": webp(view, h, w)} for view, h, w in views],
+        "colours": pack(torch.cat(colours)),
+        "position": pack(flat(position)),
+        "budgets": budgets,
+    }
+    with atomically(a.show) as part:
+        part.write_text(filled(data), encoding="utf-8", newline="\n")
+
+
+def filled(data: dict) -> str:
+    """The template with the data in it, and with a policy by which nothing else is run or loaded"""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:"
+    for kind in ("style", "script"):
+        inside = re.search(rf"<{kind}>(.*?)</{kind}>", template, re.S)[1]
+        digest = hashlib.sha256(inside.encode()).digest()
+        policy += f"; {kind}-src 'sha256-{base64.b64encode(digest).decode()}'"
+
+    # without a < no text can end the element that it stands in
+    before, after = template.replace("%POLICY%", policy).split("%DATA%")
+    return before + json.dumps(data).replace("<", "\\u003c") + after
+
+
+# ---- What a budget did ----
+
+
+def budget(a, session, prompt: Tensor, report) -> dict:
+    """All that the page says of a budget"""
+    settings = session.settings
+    c = session.processor.config
+    grids, crops = sources(c, session.pixels)
+    steps = steps_of(settings.noted, c.vision_layers, flat(grids))
+    counts = [crops * c.visual_tokens, *report.tokens_per_layer]
+    behind = second_stage_of(session)
+    if behind is not None:
+        drawn = flat(show.patches(c, session.pixels, session.visual))
+        steps.append({"token": drawn.unique(return_inverse=True)[1]})
+        counts.append(report.visual_tokens)
+
+    answers = [report.answer, other_answer(a, session, prompt)]
+    if not settings.vtu and answers[1] is not None:
+        answers.reverse()
+    return {
+        "tokens": report.visual_tokens,
+        "of": report.virtual_tokens,
+        "counts": counts,
+        "taus": settings.thresholds,
+        "behind": behind,
+        "steps": [{key: pack(value) for key, value in one.items()} for one in steps],
+        "answers": answers,
+        "looked": attention(session, prompt),
+    }
+
+
+def second_stage_of(session) -> str | None:
+    """What it went by; None: there was none"""
+    after = session.settings.after
+    limited = [one for one in session.pixels if isinstance(one, Controlled)]
+    if after is None and not limited:
+        return None
+    taus = [tau for tau in session.capped_tau if tau is not None]
+    if after is not None and not taus:
+        taus = [after.tau]
+    said = [f"cosine above {tau:.4f}" for tau in taus]
+    outside = [one.outside for one in limited if one.inside is not None]
+    said += [f"cosine above {tau:.4f} outside the regions" for tau in outside]
+    return ", ".join(dict.fromkeys(said)) or "not needed for the cap"
+
+
+def attention(session, prompt: Tensor) -> dict | None:
+    """What `looked` finds, at each patch, as bytes of which 255 is a word's most: of as many layers
+    as there is ROOM for"""
+    found = looked(session, prompt)
+    if found is None:
+        return None
+    words, weight = found
+    visual = each_position(session.visual) if session.settings.vtu else session.visual
+    drawn = flat(show.patches(session.processor.config, session.pixels, visual))
+
+    layers = len(weight)
+    fit = min(max(ROOM * min(len(session.visual), 3) // weight[0].numel(), 1), layers)
+    kept = [(i + 1) * layers // fit - 1 for i in range(fit)]
+    share = weight[kept].sum(-1)
+    weight = weight[kept][:, :, drawn] * (drawn >= 0)
+    most = weight.amax(-1, keepdim=True)
+    return {
+        "words": words,
+        "layers": [i + 1 for i in kept],
+        "of": layers,
+        "share": pack(share),
+        "most": pack(most),
+        "weight": pack((255 * weight / most.clamp(min=1e-30)).round().byte()),
+    }
+
+
+def steps_of(noted: list, layers: int, at: Tensor) -> list[dict[str, Tensor]]:
+    """At each patch, before the first layer and behind each: the number of its token, and in the
+    layer its score and a patch of the token that it was compared with; len(at): none is drawn.
+
+    at (P,): where the patches are among the positions of all crops
+    """
+    own = {"token": torch.arange(len(at))}
+    if not noted:  # nothing merges
+        return [own] * (1 + layers)
+
+    numbers = torch.stack([one for one, _ in noted]).cpu()
+    scores = torch.stack([one for _, one in noted]).float().cpu()
+    N = scores.shape[1]
+    crop = torch.arange(len(noted))[:, None, None] // layers
+    numbers = rearrange(numbers + N * crop, "(c l) k n -> l k (c n)", l=layers)[:, :, at]
+    scores = rearrange(scores, "(c l) n -> l (c n)", l=layers)[:, at]
+    steps = [own]
+    for (before, after, partner), score in zip(numbers, scores):
+        patch_of = torch.full((N * (1 + len(noted)),), len(at))
+        patch_of[before] = torch.arange(len(at))
+        steps.append({"token": after, "score": score, "partner": patch_of[partner]})
+    return steps
+
+
+def sources(c, pixels: list) -> tuple[list[Tensor], int]:
+    """Where the patches (h, w) that `show.patches` gives are among the positions of all crops, one
+    crop after another, class tokens among them; and how many crops there are"""
+    g = c.vision_config.grid
+    first = int(c.vision_config.class_token)
+    crops = 0
+    found = []
+    for part in plain(pixels):
+        of_frame = part.grids(c)[0] if isinstance(part, Video) else (g, g)
+        for one in getattr(part, "frames", [part]):
+            n = 1 if isinstance(one, Tensor) else len(one.crops)
+            at = (crops + torch.arange(n))[:, None] * (first + g * g) + first + torch.arange(g * g)
+            crops += n
+            if n == 1:
+                found.append(nearest(at.view(g, g), of_frame))
+            else:
+                h, w = one.grids(c)[1]
+                found.append(nearest(one.side_by_side(at[1:], c), (h, w - 1)))
+    return found, crops
+
+
+@torch.no_grad()
+def other_answer(a, session, prompt: Tensor) -> str | None:
+    """The answer without VTU, or with, where the budget's own is without; None: nothing merged"""
+    if all(len(x) == len(at) for x, at in session.visual):
+        return None
+    llava = session.llava
+    vtu = not session.settings.vtu
+    queries = session.settings.queries if vtu else None
+    rows, token_at = llava.splice(prompt, session.visual, vtu)
+    pick = sampler(a.temperature, a.seed, rows.device)
+    ids = llava.decode(rows, token_at, KVCache(), queries, a.max_new_tokens, pick=pick)
+    return session.processor.decode(ids).strip()
+
+
+def compared(answer: str | None, reference: str) -> list[tuple[str, bool]] | None:
+    """The words of an answer, and of each whether it differs from those of the reference"""
+    if answer is None:
+        return None
+    words = answer.split()
+    differs = [True] * len(words)
+    matcher = SequenceMatcher(None, reference.split(), words, autojunk=False)
+    for _, start, n in matcher.get_matching_blocks():
+        differs[start : start + n] = [False] * n
+    return list(zip(words, differs))
+
+
+# ---- Small things ----
+
+
+def each_position(visual: list) -> list[tuple[Tensor, Tensor]]:
+    """What `Llava.encode` gave, as if each position had a row of its own"""
+    return [(at[:, None], torch.arange(len(at))) for _, at in visual]
+
+
+def flat(grids: list[Tensor]) -> Tensor:
+    return torch.cat([grid.flatten() for grid in grids])
+
+
+def pack(x: Tensor) -> dict[str, str]:
+    """-> {the type of its numbers: their bytes}; whole numbers are as narrow as they can be"""
+    if not x.is_floating_point():
+        kinds = {torch.uint8: 2**8, torch.uint16: 2**16, torch.int32: 2**31}
+        most = 2**16 if int(x.min()) < 0 else int(x.max())
+        x = x.to(next(kind for kind, end in kinds.items() if most < end))
+    data = bytes(x.contiguous().view(torch.uint8).flatten().tolist())
+    return {str(x.dtype).removeprefix("torch."): base64.b64encode(zlib.compress(data)).decode()}
+
+
+def webp(view: Image.Image, h: int, w: int) -> str:
+    """A picture or frame of (h, w) patches as a URL"""
+    side = max(14, 336 // max(h, w))
+    file = io.BytesIO()
+    view.resize((w * side, h * side)).save(file, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def mean_colours(view: Image.Image, h: int, w: int) -> Tensor:
+    return torch.tensor(list(view.resize((w, h), Image.Resampling.BOX).tobytes()))
