@@ -437,7 +437,7 @@ def test_words_of_the_answer_show_where_they_looked(sample, shown):
         )
         pictures.add(drawn(sample, "attention"))
     sample.locator("#layer").fill("0")
-    assert text(sample, "share").startswith("Decoder layer 1 of 4")
+    assert text(sample, "share").startswith("Budget low, decoder layer 1 of 4")
     assert len(pictures | {drawn(sample, "attention")}) == 4
     # "sun" was read where it is written: in the lower left
     weight = array(low["weight"]).view(4, -1, 16, 16)[3, 1]
