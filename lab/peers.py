@@ -1,8 +1,10 @@
 """Features, regions, a cap, and other papers' methods beside DyMU, at equal tokens, on tiny/.
 
-    python -m lab.peers               # writes lab/peers.json and prints its table
-    python -m lab.peers --choose      # on other scenes: how far what is outside of boxes may merge
-    python -m lab.peers --render      # only prints the table of lab/peers.json
+    python -m lab.peers --n 80        # half an hour on 2 busy cores; writes lab/peers.json and
+                                      # prints its tables
+    python -m lab.peers --choose --seed 81 --n 24 --save FILE    # on other scenes: how far what is
+                                      # outside of boxes may merge
+    python -m lab.peers --render      # only prints the tables of lab/peers.json
 
 What counts as right, the sets of pictures and the intervals are those of lab/ablate.py. The drawn
 pictures are others, on which nothing was chosen or found; thresholds and taus are found on scenes
@@ -350,8 +352,8 @@ def table(results: dict) -> str:
         "named, in points, with paired 95 % bootstrap intervals over pictures. Tokens: mean ± "
         "standard deviation over the scenes.",
     ]
-    tables = dict.fromkeys(row["table"] for row in results["rows"].values())
-    for name in list(tables)[1:]:
+    used = {row["table"] for row in results["rows"].values()}
+    for name in filter(used.__contains__, (FEATURE, REGION, CAP, PEER)):
         out += ["", f"**{name}**", "", *head("", "tokens", "right", "minus", *COLUMNS)]
         for label, row in results["rows"].items():
             if row["table"] == name:

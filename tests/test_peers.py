@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -190,3 +192,15 @@ def test_the_table_tells_what_was_counted(rows, monkeypatch):
     assert "| ToMe 5 % by values | 13.0 ± 0.0 | 0.0 [0.0, 0.0] | ToMe 5 % by keys | +0.0" in shown
     assert "| ToMe 5 % by keys |  |  |  |  |  |" in shown  # itself
     assert "**Other methods**" in shown and dataclasses.is_dataclass(Row)
+
+
+def test_the_measured_table_is_that_of_the_scenes_that_nothing_was_chosen_on():
+    results = json.loads((TINY.parent / "lab" / "peers.json").read_text())
+    weights = (TINY / "model.safetensors").read_bytes()
+    assert results["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    numbers = peers.held_out(argparse.Namespace(seed=peers.SEED, full=False, n=80))
+    assert results["first_seed"] == numbers["scenes"][0] and results["pictures"]["scenes"] == 80
+    shown = peers.table(results)
+    tables = [peers.FEATURE, peers.REGION, peers.CAP, peers.PEER]
+    assert re.findall(r"^\*\*(.+)\*\*$", shown, re.M) == tables
+    assert all(f"| {name} |" in shown for name in results["rows"] if name != "full")
