@@ -422,7 +422,7 @@ def test_what_is_shown_is_what_the_model_sees(families):
 def test_the_picture_tells_frames_and_what_was_cropped(run, saved, gif, tmp_path, monkeypatch):
     told = []
     draw = show.draw
-    monkeypatch.setattr(show, "draw", lambda *args: told.extend(args[3:]) or draw(*args))
+    monkeypatch.setattr(show, "draw", lambda *args: told.extend(args[3:5]) or draw(*args))
     Image.new("RGB", (400, 20)).save(tmp_path / "wide.png")
     argv = [gif, tmp_path / "wide.png", "Q", "--model", saved, "--max-new-tokens", 1]
     assert run(*argv, "--show", tmp_path / "shown.png")[0] == 0
