@@ -218,7 +218,7 @@ def test_the_python_example_runs(page, capsys, monkeypatch):
 def test_options_that_are_named_exist(page, capsys):
     # of lab, torchrun and pip
     others = {"--full", "--shape", "--clip", "--nproc-per-node", "--index-url"}
-    others |= {"--config", "--tasks", "--limit", "--control", "--question"}
+    others |= {"--config", "--tasks", "--limit", "--control", "--question", "--choose"}
     options = set(re.findall(r"`?(--[a-z][a-z-]+)", (ROOT / page).read_text())) - others
     help_text = demo_help(capsys)
     assert all(option in help_text for option in options), options
