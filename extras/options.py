@@ -69,6 +69,8 @@ def versions() -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        if message.endswith("expected one argument"):
+            message += ": what begins with - goes with =, as in --box=-3,0,50,50"
         fail(message)
 
 
@@ -105,8 +107,9 @@ def of_picture(kind):
 
 
 def box(text: str) -> tuple:
-    numbers = [int(n) if n.lstrip("-").isdecimal() else float(n) for n in text.split(",")]
-    if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+    edges = text.split(",")
+    numbers = [int(n) if n.lstrip("-").isdecimal() else float(n) for n in edges]
+    if len(numbers) != 4 or not all(math.isfinite(float(n)) for n in edges):
         raise argparse.ArgumentTypeError(f"{text} is not x0,y0,x1,y1")
     x0, y0, x1, y1 = numbers
     if x0 >= x1 or y0 >= y1:
@@ -245,8 +248,9 @@ def check(a: argparse.Namespace, given: set[str]) -> None:
         if re.match(r"\w+://", name):
             fail(f"{name} is a URL: save what is there as a file, files are what is read")
     regions = a.box + a.mask
-    if any(picture > len(a.pictures) for picture, _ in regions):
-        fail(f"a --box or --mask is of picture {max(regions)[0]}, {len(a.pictures)} are given")
+    last = max((picture for picture, _ in regions), default=0)
+    if last > len(a.pictures):
+        fail(f"a --box or --mask is of picture {last}, {len(a.pictures)} are given")
     if regions and a.tokens == "full" and a.after is None:
         fail("--box and --mask go with fewer --tokens than full, or with --after")
     if a.outside is not None and not regions:
