@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,12 @@ from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor, nn
 
 from dymu import DyMU, Seen, remerge, similar_keys
-from extras.anyres import positions
-from extras.door import read_picture
+from extras.anyres import AnyResProcessor, positions
+from extras.door import on_white, read_picture, transparent
 from extras.families import classes
 from extras.options import OUTSIDE, note
 from extras.second_stage import second_stage
-from extras.video import Frames, see
+from extras.video import Frames, see_one, several_pictures
 from load import Processor
 from model import Llava
 
@@ -41,9 +41,13 @@ class Controlled:
 
     picture: object
     inside: Tensor | None = None  # (N,) bool, from `find_inside`; None: all of it
-    outside: float = OUTSIDE  # rows outside that are more alike than this become one
+    outside: float = OUTSIDE  # tau outside, where that inside is not lower still
     cap: int | None = None  # tokens at most: where there are more, tau falls until there are not
-    tau: float | None = None  # to which it fell when the picture was last encoded
+
+    # of the picture when it was last encoded: the tau to which the cap made it fall, None: it did
+    # not; and (tau inside, tau outside) that were used, None where there was none, or neither
+    tau: float | None = None
+    used: tuple[float | None, float | None] | None = None
 
     @property
     def placeholders(self) -> tuple[str, ...]:
@@ -62,7 +66,10 @@ class Controlled:
         """x (R, D), token_at (N,), newlines: not among them -> the same with fewer rows"""
         everywhere = self.inside is None or (not settings.merging and settings.after is None)
         inside = torch.ones_like(token_at, dtype=torch.bool) if everywhere else self.inside
-        merged = partial(apart, x, token_at, inside.to(x.device))
+        inside = inside.to(x.device)
+
+        def merged(stage: Callable, tau: float):
+            return apart(x, token_at, inside, stage, second_stage(min(tau, self.outside)))
 
         def count(rows) -> int:
             """Where rows merged, one newline stands at the ends of all, but of each frame anew"""
@@ -70,14 +77,20 @@ class Controlled:
             return len(rows[0]) + (min(newlines, 1) if one else newlines)
 
         self.tau = None
-        stage = settings.after or second_stage(1.0)  # which merges nothing
-        rows = merged(stage, second_stage(self.outside))
-        if self.cap is None or count(rows) <= self.cap:
-            return rows
+        most = getattr(settings.after, "tau", 1.0)  # of 1 nothing merges
+        rows = merged(settings.after or second_stage(most), most)
+        if self.cap is not None and count(rows) > self.cap:
+            rows = self.fall(merged, count, most)
 
+        here = getattr(settings.after, "tau", None) if self.tau is None else self.tau
+        there = None if everywhere else min(most if here is None else here, self.outside)
+        self.used = None if here is None and there is None else (here, there)
+        return rows
+
+    def fall(self, merged: Callable, count: Callable, most: float):
+        """The highest tau below most, as near as 12 halvings come, with which the cap is kept"""
         self.tau = -1.0
-        most = getattr(stage, "tau", 1.0)
-        rows = merged(second_stage(-1.0), second_stage(-1.0))
+        rows = merged(second_stage(self.tau), self.tau)
         if count(rows) > self.cap:
             raise ValueError(
                 f"--cap {self.cap} cannot be kept: {count(rows)} tokens are left where all merge "
@@ -85,7 +98,7 @@ class Controlled:
             )
         for _ in range(12):
             tau = (self.tau + most) / 2
-            found = merged(second_stage(tau), second_stage(min(tau, self.outside)))
+            found = merged(second_stage(tau), tau)
             if count(found) <= self.cap:
                 self.tau, rows = tau, found
             else:
@@ -141,10 +154,10 @@ def regions(inside: Tensor, similarity: Callable = similar_keys, gain: float = 2
 # ---- From regions of a picture to positions ----
 
 
-def find_inside(processor: Processor, shown: list, i: int, found: list) -> tuple:
+def find_inside(processor: Processor, shown: list, i: int, of: list) -> tuple:
     """Which positions of shown[i] are in a region, (N,) bool; and all regions as a mask, or masks
 
-    shown: pictures, and videos as lists of frames; found: regions, see `paint`; without one None in
+    shown: pictures, and videos as lists of frames; of: regions, see `paint`; without one None in
     the place of positions. Painted in black and white, they go the way of the picture itself:
     resized, cropped, padded, cut into tiles. Raises ValueError for one of which nothing arrives.
     """
@@ -152,32 +165,41 @@ def find_inside(processor: Processor, shown: list, i: int, found: list) -> tuple
     size = one[0].size if isinstance(one, list) else one.size
     inside = None
     together = Image.new("L", size)
-    for start in range(0, len(found), 3):  # three at a time: one is red, one green, one blue
-        three = [paint(region, size) for region in found[start : start + 3]]
+    for start in range(0, len(of), 3):  # three at a time: one is red, one green, one blue
+        three = [paint(region, size) for region in of[start : start + 3]]
         together = reduce(ImageChops.lighter, three, together)
         three += [Image.new("L", size)] * (3 - len(three))
         mask = Image.merge("RGB", three)
-        masks = [mask.resize(frame.size, 0) for frame in one] if isinstance(one, list) else mask
-        share = shares(processor, [*shown[:i], masks, *shown[i + 1 :]], i)
+        masks = in_each(one, mask) if isinstance(one, list) else mask
+        share = shares(processor, masks, several_pictures(shown))
 
         most = share.amax(0)
-        for region, m in zip(found[start:], most):
+        for region, m in zip(of[start:], most):
             if m == 0:
                 raise ValueError(
-                    f"nothing of {told(region)} is in what the model sees, which is a crop of the "
-                    "picture, or it is too small; --pad shows a picture whole"
+                    f"nothing of {told(region)} is in what the model sees, {why_nothing(processor)}"
                 )
         here = (share >= most.clamp(1e-6, PART)).any(1)
         inside = here if inside is None else inside | here
 
-    if isinstance(one, list):
-        return inside, [together.resize(frame.size, 0) for frame in one]
-    return inside, together
+    return inside, in_each(one, together) if isinstance(one, list) else together
 
 
-def shares(processor: Processor, shown: list, i: int) -> Tensor:
-    """How much of each colour there is in the patch at each position of shown[i] -> (N, 3)
+def in_each(frames: list, mask: Image.Image) -> list:
+    return [mask.resize(frame.size, Image.Resampling.NEAREST) for frame in frames]
 
+
+def why_nothing(processor: Processor) -> str:
+    whole = isinstance(processor, AnyResProcessor) or processor.pad
+    if whole or not processor.pictures["do_center_crop"]:
+        return "which is the whole picture: it is too small, or black"
+    return "which is a crop of the picture, or it is too small; --pad shows a picture whole"
+
+
+def shares(processor: Processor, one, several: bool) -> Tensor:
+    """How much of each colour there is in the patch at each position -> (N, 3)
+
+    one: a picture, which may be one of several, or a list of frames.
     The positions are those that the second stage sees: what `encode` does to tokens is done to
     patches, by a model whose tower does nothing but give them.
     """
@@ -203,7 +225,7 @@ def shares(processor: Processor, shown: list, i: int) -> Tensor:
         found.append(x[token_at])
         return x, token_at
 
-    model.encode(see(unnormalised(processor), shown)[i], DyMU(after=keep))
+    model.encode(see_one(unnormalised(processor), one, several), DyMU(after=keep))
     return found[0]
 
 
@@ -220,12 +242,13 @@ def paint(region, size: tuple[int, int]) -> Image.Image:
     """A region in white on black, of this size, "L".
 
     region: a box (x0, y0, x1, y1), in pixels of the upright picture or, where none is above 1 and
-    one is a float, in shares of its width and height; or a picture or its file, white inside, which
-    is resized. Raises ValueError for a box that lies outside.
+    one is a float, in shares of its width and height; or a picture or its file, which is resized:
+    white inside or, where it is transparent in part, whatever is not. Raises ValueError for a box
+    that lies outside.
     """
     w, h = size
     if not isinstance(region, tuple):
-        mask = read_picture(region).convert("L")
+        mask = read_picture(region, white)
         if mask.size != size:
             note(f"note: {told(region)} was resized from {mask.size} to the picture's {size}")
         return mask.resize(size, Image.Resampling.NEAREST)
@@ -236,9 +259,18 @@ def paint(region, size: tuple[int, int]) -> Image.Image:
     if x1 <= 0 or y1 <= 0 or x0 >= w or y0 >= h:
         raise ValueError(f"{told(region)} lies outside the picture, which is {w} x {h}")
     mask = Image.new("L", size)
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, w), min(y1, h)
     corners = (math.floor(x0), math.floor(y0), math.ceil(x1) - 1, math.ceil(y1) - 1)
     ImageDraw.Draw(mask).rectangle(corners, 255)
     return mask
+
+
+def white(image: Image.Image) -> Image.Image:
+    """How far each pixel is inside, "L": see `paint`. Of masks from 0 to 1 the ones are white."""
+    if transparent(image) and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        return image.convert("RGBA").getchannel("A")
+    mask = on_white(image).convert("L")
+    return mask.point(lambda value: 255 * value) if mask.getextrema()[1] == 1 else mask
 
 
 def told(region) -> str:
@@ -253,13 +285,14 @@ def told(region) -> str:
 
 def control(a, processor: Processor, shown: list, pixels: list) -> tuple[list, list | None]:
     """What --cap, --box and --mask ask for, a: the options -> pixels; masks for --show, or None"""
-    if not (a.cap or a.box or a.mask):
-        return pixels, None
+    given = a.box + a.mask
+    if not given:
+        return [Controlled(one, cap=a.cap) for one in pixels] if a.cap else pixels, None
 
     controlled = []
     masks = []
     for i, picture in enumerate(pixels):
-        of = [region for number, region in a.box + a.mask if number == i + 1]
+        of = [region for number, region in given if number == i + 1]
         inside, mask = find_inside(processor, shown, i, of)
         outside = OUTSIDE if a.outside is None else a.outside
         controlled.append(Controlled(picture, inside, outside, a.cap))

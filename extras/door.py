@@ -77,8 +77,20 @@ def check_writable(file: Path) -> None:
         raise ValueError(f"{file} cannot be written: {e.strerror}") from e
 
 
-def read_picture(picture) -> Image.Image:
-    """A PIL image or the path of one -> upright, RGB. Transparency is laid on white."""
+def transparent(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """-> RGB. Transparency is laid on white."""
+    if transparent(image):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_picture(picture, read: Callable = on_white) -> Image.Image:
+    """A PIL image or the path of one -> what `read` makes of it, upright"""
     try:
         image = picture
         if not isinstance(picture, Image.Image):
@@ -86,11 +98,7 @@ def read_picture(picture) -> Image.Image:
                 raise OSError("it is not a file")
             image = Image.open(picture)
 
-        image = ImageOps.exif_transpose(image)
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return read(ImageOps.exif_transpose(image))
     except Exception as e:  # OSError, SyntaxError, ValueError, struct.error and more
         why = one_line(e)
         if str(picture).lower().endswith((".heic", ".heif")) and Path(picture).is_file():

@@ -186,14 +186,15 @@ def several_pictures(shown: list) -> bool:
 def see(processor, shown: list) -> list:
     """Pictures, and videos as lists of frames -> what `Llava.encode` takes"""
     several = several_pictures(shown)
-    pixels = []
-    for one in shown:
-        if isinstance(one, list):
-            frames = processor.video(one)
-            pixels.append(Frames(frames) if isinstance(frames, list) else frames)
-        else:
-            pixels.append(processor.image(one, several))
-    return pixels
+    return [see_one(processor, one, several) for one in shown]
+
+
+def see_one(processor, one, several: bool):
+    """A picture, which may be one of several, or a list of frames"""
+    if not isinstance(one, list):
+        return processor.image(one, several)
+    frames = processor.video(one)
+    return Frames(frames) if isinstance(frames, list) else frames
 
 
 def is_video(path) -> bool:

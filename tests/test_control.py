@@ -27,7 +27,7 @@ BOX = (1400, 1900, 1800, 2600)  # in an upright picture of 3000 x 4000
 
 @pytest.fixture(scope="module")
 def phone(tmp_path_factory):
-    """A photograph of 4000 x 3000, to be turned by its EXIF: red where BOX is, when upright"""
+    """A photograph of 4000 x 3000, turned by its EXIF when it is read: red where BOX is"""
     path = tmp_path_factory.mktemp("phone") / "photo.jpg"
     upright = Image.new("RGB", (3000, 4000), (20, 60, 90))
     x0, y0, x1, y1 = BOX
@@ -36,7 +36,7 @@ def phone(tmp_path_factory):
     exif[0x0112] = 6  # it lies on its side
     upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
     assert Image.open(path).size == (4000, 3000)
-    return path
+    return read_picture(path)
 
 
 def covered(box, size, patches):
@@ -73,7 +73,7 @@ def is_red(processor, shown):
     "pad, seen", [(False, (0, 500, 3000, 3000)), (True, (-500, 0, 4000, 4000))]
 )
 def test_a_box_lands_on_the_patches_of_a_phones_photograph(phone, pad, seen):
-    shown = read_picture(phone)
+    shown = phone
     processor = load_processor(TINY, pad)
     share = covered(BOX, seen, (16, 16))
     inside, mask = find_inside(processor, [shown], 0, [BOX])
@@ -92,7 +92,7 @@ def test_a_box_lands_on_the_patches_of_the_whole_and_of_tiles(checkpoint, phone,
     processor = checkpoint(name)[2]
     c = processor.config
     g = c.vision_config.grid
-    shown = [picture((300, 90)), read_picture(phone)] if several else [read_picture(phone)]
+    shown = [picture((300, 90)), phone] if several else [phone]
     inside, _ = find_inside(processor, shown, len(shown) - 1, [BOX])
     whole = inside[: g * g].view(g, g)
 
@@ -140,6 +140,45 @@ def test_what_is_cropped_away_is_told_and_what_is_small_is_not_lost():
         find_inside(processor, [[wide[0], wide[0]]], 0, [(100, 0, 200, 200)])
     clipped = find_inside(load_processor(TINY, pad=True), wide, 0, [(-50, -50, 8, 900)])[0]
     assert clipped.view(16, 16).nonzero().tolist() == [[i, 0] for i in range(6, 10)]
+
+
+def test_of_a_model_that_sees_the_whole_no_crop_is_told(checkpoint):
+    for name in ("llava_next, Llama", "llava_onevision"):
+        processor = checkpoint(name)[2]
+        with pytest.raises(ValueError, match="sees, which is the whole picture: it is too small"):
+            find_inside(processor, [picture()], 0, [Image.new("L", (9, 9))])
+    with pytest.raises(ValueError, match="the whole picture"):
+        find_inside(load_processor(TINY, pad=True), [picture()], 0, [Image.new("L", (9, 9))])
+
+
+def test_a_mask_may_be_a_cut_out_or_of_0_and_1(tmp_path):
+    inside = (10, 20, 50, 40)
+    expected = control.paint(inside, (90, 60))
+    flat = Image.new("RGB", (90, 60), "white")
+    flat.putalpha(expected)
+    flat.save(tmp_path / "cut.png")  # white on a transparent ground, as background removers write
+    opaque = Image.merge("RGB", [expected] * 3)
+    opaque.putalpha(255)
+    ones = expected.point(lambda value: value // 255)
+    palette = ones.convert("P")
+    palette.putpalette([255, 255, 255, 200, 0, 0])
+    palette.info["transparency"] = 0
+    for mask in (tmp_path / "cut.png", opaque, ones, palette, expected.convert("1")):
+        assert control.paint(mask, (90, 60)).tobytes() == expected.tobytes(), mask
+    grey = expected.point(lambda value: value // 2)
+    assert control.paint(grey, (90, 60)).tobytes() == grey.tobytes()
+    assert control.paint((10, 20, 1e300, 40), (90, 60)).getbbox() == (10, 20, 90, 40)
+
+
+def test_only_the_picture_of_the_regions_is_preprocessed(monkeypatch):
+    processor = load_processor(TINY)
+    seen = []
+    image = type(processor).image
+    monkeypatch.setattr(
+        type(processor), "image", lambda *args: seen.append(args[1:]) or image(*args)
+    )
+    find_inside(processor, [picture()] * 4, 2, [(10, 10, 60, 60)] * 4)
+    assert [several for _, several in seen] == [True, True]
 
 
 def test_a_class_token_is_outside_and_a_first_patch_may_be_dropped(tmp_path):
@@ -246,10 +285,10 @@ def test_a_cap_is_kept_with_the_encoder_run_once(shown_to, settings):
         crops = len(getattr(one, "crops", getattr(one, "frames", [one])))
         assert len(runs) == 3 * crops
         assert kept == sorted(kept, reverse=True) and kept[0][1] > kept[2][1]
-        for cap, _, tau in kept:  # it falls no further than it must
-            step = (getattr(settings.after, "tau", 1) + 1) / 2**12
-            more = replace(settings, after=second_stage(tau + step))
-            assert count(llava.encode(one, more)) > cap
+        cap, _, tau = kept[1]  # it falls no further than it must
+        step = (getattr(settings.after, "tau", 1) + 1) / 2**12
+        more = replace(settings, after=second_stage(tau + step))
+        assert count(llava.encode(one, more)) > cap
 
 
 def test_a_cap_that_cannot_be_kept(checkpoint):
@@ -281,6 +320,36 @@ def test_the_cap_lowers_tau_inside_then_outside():
         assert torch.equal(rows, expected) and torch.equal(at, where)
     llava.encode(one, DyMU(after=second_stage(0.3)))
     assert one.tau is None  # it did not have to fall this time
+
+
+@torch.no_grad()
+def test_outside_is_merged_no_less_than_inside_and_what_was_used_is_noted():
+    llava, processor = load(TINY, "cpu")
+    shown = read_picture(TINY / "sample.png")
+    inside, _ = find_inside(processor, [shown], 0, [(60, 100, 150, 220)])
+    pixels = processor.image(shown)
+    ((x, token_at),) = llava.encode(pixels)
+
+    one = Controlled(pixels, inside)
+    assert one.used is None
+    ((rows, at),) = llava.encode(one, DyMU(after=second_stage(0.3)))
+    expected, where = apart(x, token_at, inside, *[second_stage(0.3)] * 2)
+    assert torch.equal(rows, expected) and torch.equal(at, where) and one.used == (0.3, 0.3)
+
+    llava.encode(one, DyMU(after=second_stage(0.9)))
+    assert one.used == (0.9, options.OUTSIDE)
+    llava.encode(one, DyMU(r=(9,) * 7))
+    assert one.used == (None, options.OUTSIDE)
+    llava.encode(one)  # nothing merges: regions are not heeded
+    assert one.used is None
+    one.cap = 9
+    llava.encode(one)
+    assert one.used == (one.tau, None) and one.tau < 1
+    llava.encode(one, DyMU(after=second_stage(0.9)))
+    assert one.used == (one.tau, min(one.tau, options.OUTSIDE)) and one.tau < 0.9
+    all_of_it = Controlled(pixels, cap=256)
+    llava.encode(all_of_it, DyMU(after=second_stage(0.9)))
+    assert all_of_it.used == (0.9, None) and all_of_it.tau is None
 
 
 def test_a_video_of_its_own_placeholder_generates(checkpoint):
@@ -323,7 +392,7 @@ def test_boxes_masks_and_what_is_outside(run, tmp_path):  # noqa: F811
     mask.save(tmp_path / "m.png")
     base = (sample, "what?", "--tokens", "low")
     (plain,), _ = ask(run, *base)
-    (boxed,), _ = ask(run, *base, "--box", "56,56,112,112")
+    full, *_, boxed = ask(run, *base[:2], "--tokens", "all", "--box", "56,56,112,112")[0]
     (shares,), _ = ask(run, *base, "--box", "0.25,.25,0.5,0.5")
     (masked,), err = ask(run, *base, "--mask", tmp_path / "m.png")
     (none,), _ = ask(run, *base, "--box", "56,56,112,112", "--outside", "none")
@@ -334,8 +403,7 @@ def test_boxes_masks_and_what_is_outside(run, tmp_path):  # noqa: F811
     of_both = (sample, sample, "what?", "--tokens", "low", "--box", "2:56,56,112,112")
     (second,), _ = ask(run, *of_both)
     assert second["visual_tokens"] == counts[0] + counts[1]
-    four, _ = ask(run, sample, "what?", "--tokens", "all", "--box", "56,56,112,112")
-    assert four[0]["visual_tokens"] == 256 and four[3]["visual_tokens"] == counts[1]
+    assert full["visual_tokens"] == 256
 
 
 def test_boxes_are_drawn(run, tmp_path):  # noqa: F811
@@ -359,3 +427,5 @@ def test_pictures_are_as_they_were_where_nothing_is_asked():
     pixels = [object()]
     a = options.parse([str(TINY / "sample.png"), "what?"])
     assert control.control(a, None, [None], pixels) == (pixels, None)
+    a = options.parse([str(TINY / "sample.png"), "what?", "--cap", "9"])
+    assert control.control(a, None, [None], pixels) == ([Controlled(pixels[0], cap=9)], None)
