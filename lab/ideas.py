@@ -39,7 +39,7 @@ def less_contrast_first(pixels: Tensor, patch_size: int, weight=0.03, similarity
 
     def with_contrast(seen: Seen) -> Tensor:
         class_token = len(seen.token_at) - len(contrast)
-        at_positions = F.pad(contrast, (class_token, 0))[:, None]
+        at_positions = F.pad(contrast, (class_token, 0))[:, None].to(seen.x)
         of = remerge(at_positions, seen.token_at, len(seen.x))  # (N_i, 1)
         return similarity(seen) - weight * (of + of.T)
 
@@ -72,7 +72,8 @@ class VisionZip:
         attended = (q[:, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(0)[0, 1:]
         order = attended.argsort(descending=True)
         rest = order[self.dominant :].sort().values
-        spread = torch.linspace(0, len(rest) - 1, self.contextual).round().long()
+        spread = torch.linspace(0, len(rest) - 1, self.contextual, device=x.device)
+        spread = spread.round().long()
         kept = torch.cat((order[: self.dominant], rest[spread])).sort().values
 
         taking = rest[spread].sort().values if self.contextual else kept
@@ -114,7 +115,7 @@ def fastv(llava, ids, visual, keep, settings=DyMU(), after=2, merged=False, row=
     (first,) = llava.find_placeholders(ids, 1)
     N_un = len(visual[0][0])
     decoder = llava.language_model
-    cos, sin = rope_table(len(token_at), decoder.c, rows.device)
+    cos, sin = (one.to(rows) for one in rope_table(len(token_at), decoder.c, rows.device))
 
     x = rows
     cache = KVCache()
@@ -122,7 +123,7 @@ def fastv(llava, ids, visual, keep, settings=DyMU(), after=2, merged=False, row=
         weight = attention_from(layer, x, token_at, cos, sin, row % len(x))
         x = layer(x, token_at, cos, sin, None, cache)
 
-    stays = torch.ones(len(x), dtype=torch.bool)
+    stays = torch.ones(len(x), dtype=torch.bool, device=x.device)
     stays[first : first + N_un] = False
     stays[first + weight[first : first + N_un].topk(min(keep, N_un)).indices] = True
     number = stays.cumsum(0) - 1
@@ -156,10 +157,11 @@ def attended(llava: Llava, ids: Tensor, pixels: Tensor, share=0.25, layers=2) ->
     """
     x, token_at = llava.prepare(ids, pixels, DyMU())
     (first,) = llava.find_placeholders(ids, 1)
-    cos, sin = rope_table(len(token_at), llava.config.text_config, x.device)
+    table = rope_table(len(token_at), llava.config.text_config, x.device)
+    cos, sin = (one.to(x) for one in table)
     for layer in llava.language_model.layers[:layers]:
         weight = attention_from(layer, x, token_at, cos, sin, len(x) - 1)
         x = layer(x, token_at, cos, sin, None, KVCache())
 
-    weight = weight[first : first + llava.config.visual_tokens]
+    weight = weight[first : first + llava.config.visual_tokens].float()
     return weight >= weight.quantile(1 - share)

@@ -2,8 +2,8 @@
 
     python -m lab.peers --n 80        # half an hour on 2 busy cores; writes lab/peers.json and
                                       # prints its tables
-    python -m lab.peers --choose --seed 81 --n 24 --save FILE    # on other scenes: how far what is
-                                      # outside of boxes may merge
+    python -m lab.peers --choose --n 24    # on other scenes: how far what is outside of boxes may
+                                      # merge; writes lab/outside.json
     python -m lab.peers --render      # only prints the tables of lab/peers.json
 
 What counts as right, the sets of pictures and the intervals are those of lab/ablate.py. The drawn
@@ -48,6 +48,9 @@ FEATURE = "Another feature than keys"
 REGION = "Regions of interest"
 CAP = "A cap"
 PEER = "Other methods"
+FASTV_READS = (
+    "FastV's tokens are those that the last 2 of the decoder's 4 layers read; the first 2 read all."
+)
 
 TAUS = {"none": NONE, "0.4": 0.4, "0.6": 0.6, "0.7": 0.7, "0.8": 0.8}  # from which to choose
 
@@ -354,7 +357,10 @@ def table(results: dict) -> str:
     ]
     used = {row["table"] for row in results["rows"].values()}
     for name in filter(used.__contains__, (FEATURE, REGION, CAP, PEER)):
-        out += ["", f"**{name}**", "", *head("", "tokens", "right", "minus", *COLUMNS)]
+        out += ["", f"**{name}**", ""]
+        if name == PEER:
+            out += [FASTV_READS, ""]
+        out += head("", "tokens", "right", "minus", *COLUMNS)
         for label, row in results["rows"].items():
             if row["table"] == name:
                 cells = [bracket(row["minus"][column], "+") for column in COLUMNS]
@@ -367,6 +373,15 @@ def table(results: dict) -> str:
 
 
 # ---- the command ----
+
+
+def arguments(argv: list[str] | None = None) -> argparse.ArgumentParser:
+    parser = ablate.arguments("peers", "Measures control over tokens, and peers.", SEED)
+    other = f"chooses --outside: by default --seed {SEED + 1} --save lab/outside.json"
+    parser.add_argument("--choose", action="store_true", help=other)
+    if parser.parse_known_args(argv)[0].choose:
+        parser.set_defaults(seed=SEED + 1, save=Path("lab/outside.json"))
+    return parser
 
 
 def held_out(a: argparse.Namespace) -> dict[str, range]:
@@ -383,6 +398,4 @@ def measure(a: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    parser = ablate.arguments("peers", "Measures control over tokens, and peers.", SEED)
-    parser.add_argument("--choose", action="store_true", help="other rows, for --seed 81 --save F")
-    ablate.run(parser, measure, table)
+    ablate.run(arguments(), measure, table)

@@ -112,7 +112,8 @@ def measured(a, device, dtype, run) -> dict:
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     start = time.perf_counter()
-    results = {name: vars(a)[name] for name in ("shape", "repeats") if name in a}
+    told = ("shape", "layers", "questions", "repeats")
+    results = {name: vars(a)[name] for name in told if name in a}
     results |= dict(date=datetime.date.today().isoformat(), machine=machine(device))
     results |= dict(cores=os.cpu_count(), threads=a.threads)
     results |= dict(device=device.type, dtype=str(dtype).removeprefix("torch."))

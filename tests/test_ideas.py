@@ -17,6 +17,7 @@ from extras.thresholds import find_thresholds
 from lab import ablate, ideas
 from lab.ideas import VisionZip, attended, fastv
 from lab.scenes import HELD_OUT, scene
+from load import load
 from model import rope_table
 
 TINY = Path(__file__).parent.parent / "tiny"
@@ -95,11 +96,10 @@ def test_visionzip(tiny, pixels, dominant, contextual):
     score = torch.einsum("hd,hnd->hn", q[:, 0], k) / q.shape[-1] ** 0.5
     top = score.softmax(-1).mean(0)[1:].topk(dominant).indices
     assert len(token_at[top].unique()) == dominant
-    settings = DyMU(vtu=False)
-    rows, at = llava.splice(
-        torch.tensor([5, llava.config.image_token_index, 6]), [(rows, token_at)]
-    )
-    assert settings.vtu is False and len(at) == 258
+    ids = torch.tensor([5, llava.config.image_token_index, 6])
+    for vtu, n in ((True, 256), (False, dominant + contextual)):
+        _, at = llava.splice(ids, [(rows, token_at)], vtu)
+        assert len(at) == 2 + n
 
 
 @torch.no_grad()
@@ -163,6 +163,22 @@ def test_fastv_merged_keeps_all_positions(tiny, pixels, prompt):
     # the row that asks may stand before the prompt's end
     asked = fastv(llava, torch.cat((prompt, prompt[-1:])), visual, 26, row=-2)
     torch.testing.assert_close(asked[:-1], dropped, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_all_run_in_bfloat16(pixels, prompt):
+    llava, _ = load(TINY, "cpu", "bfloat16")
+    pixels = pixels.bfloat16()
+    by_contrast = ideas.less_contrast_first(pixels, 14)
+    for similarity in (ideas.values, ideas.states, by_contrast):
+        visual = llava.encode(pixels, DyMU(r=(20,) * 7, similarity=similarity))
+        assert visual[0][0].dtype == torch.bfloat16
+    ((rows, _),) = llava.encode(VisionZip(pixels, 9, 3))
+    assert rows.dtype == torch.bfloat16 and len(rows) == 12
+    for merged in (False, True):
+        logits = fastv(llava, prompt, visual, 26, DyMU(r=(20,) * 7), merged=merged)
+        assert len(logits) == len(prompt) - 1 + 26 and logits.isfinite().all()
+    assert 0 < attended(llava, prompt, pixels).sum() < 128
 
 
 @torch.no_grad()

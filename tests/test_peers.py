@@ -170,6 +170,17 @@ def test_nothing_was_found_or_chosen_on_the_pictures_that_are_measured():
     assert min(drawn) >= HELD_OUT
 
 
+def test_choosing_leaves_the_measured_scenes_and_their_file_alone():
+    chosen, measured = (peers.arguments(argv).parse_args(argv) for argv in (["--choose"], []))
+    assert chosen.seed == peers.SEED + 1 and chosen.save == Path("lab/outside.json")
+    assert measured.seed == peers.SEED and measured.save == Path("lab/peers.json")
+    argv = ["--choose", "--seed", "7", "--save", "x.json"]
+    said = peers.arguments(argv).parse_args(argv)
+    assert said.choose and said.seed == 7 and said.save == Path("x.json")
+    of = [peers.held_out(a) for a in (chosen, measured)]
+    assert all(set(of[0][which]).isdisjoint(of[1][which]) for which in peers.SETS)
+
+
 def test_the_table_tells_what_was_counted(rows, monkeypatch):
     monkeypatch.setattr("lab.tables.RESAMPLES", 10)
     found = {}
@@ -191,7 +202,12 @@ def test_the_table_tells_what_was_counted(rows, monkeypatch):
     assert len(lines) == len(rows) - 1 and {line.count("|") for line in lines} == {10}
     assert "| ToMe 5 % by values | 13.0 ± 0.0 | 0.0 [0.0, 0.0] | ToMe 5 % by keys | +0.0" in shown
     assert "| ToMe 5 % by keys |  |  |  |  |  |" in shown  # itself
-    assert "**Other methods**" in shown and dataclasses.is_dataclass(Row)
+    assert (
+        "**Other methods**" in shown
+        and shown.count("that the last 2 of the decoder's 4 layers") == 1
+    )
+    results["rows"] = {"full": results["rows"]["full"]}
+    assert "FastV" not in peers.table(results)
 
 
 def test_the_measured_table_is_that_of_the_scenes_that_nothing_was_chosen_on():
