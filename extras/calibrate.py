@@ -115,6 +115,12 @@ def calibrate(
         raise ValueError("no images to find thresholds with")
     for budget in BUDGETS:
         r = merges(budget, config, kind)
+        missed = without_pairs(r, config.visual_tokens)
+        if missed and process()[0] == 0:
+            note(
+                f"note: {budget} will leave about {missed} tokens more than its share: the "
+                f"schedule {kind} asks for more merges than a layer has pairs"
+            )
         taus, settled = of_batches(tower, read, files, r, budget, settings, floor, enough)
         thresholds = mean(taus)
         used = files[: len(taus) * BATCH]
@@ -136,6 +142,14 @@ def calibrate(
                 "thresholds": thresholds,
             },
         )
+
+
+def without_pairs(r: tuple[int, ...], n: int) -> int:
+    """How many of the r_i merges, from n tokens on, there are no pairs for: at most half merge"""
+    left = n
+    for r_i in r:
+        left -= min(r_i, left // 2)
+    return left - (n - sum(r))
 
 
 def of_batches(

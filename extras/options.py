@@ -183,7 +183,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cap", type=number(int, 1), metavar="K", help=most)
     what = "x0,y0,x1,y1, pixels or shares: where tokens matter; 2:x0,... of picture 2; repeatable"
     add("--box", type=of_picture(box), action="append", default=[], metavar="B", help=what)
-    white = "the same from a picture that is white there"
+    white = "the same from a picture that is white there, or transparent elsewhere"
     add("--mask", type=of_picture(str), action="append", default=[], metavar="FILE", help=white)
     further = f"how far all else merges: --after's TAU there ({OUTSIDE}), or none: to one token"
     add("--outside", type=outside, metavar="TAU", help=further)

@@ -207,18 +207,20 @@ def test_the_output_of_the_first_command(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", ["README.md", "extras/README.md"])
-def test_the_python_example_runs(page, capsys, monkeypatch):
+def test_the_python_examples_run(page, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    code = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)[1]
-    exec(code, {})
-    assert capsys.readouterr().out.strip()
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    for code in codes:
+        exec(code, {})
+        assert capsys.readouterr().out.strip()
+    assert codes
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_that_are_named_exist(page, capsys):
     # of lab, torchrun and pip
     others = {"--full", "--shape", "--clip", "--nproc-per-node", "--index-url"}
-    others |= {"--config", "--tasks", "--limit", "--control", "--question", "--choose"}
+    others |= {"--choose", "--config", "--tasks", "--limit", "--control", "--question"}
     options = set(re.findall(r"`?(--[a-z][a-z-]+)", (ROOT / page).read_text())) - others
     help_text = demo_help(capsys)
     assert all(option in help_text for option in options), options

@@ -11,7 +11,7 @@ import torch
 from test_load import config_of
 
 from dymu import DyMU, cosine, match
-from extras.calibrate import calibrate, dealt_out
+from extras.calibrate import calibrate, dealt_out, without_pairs
 from extras.families import read_config
 from extras.thresholds import find_thresholds, read_thresholds, schedule
 from model import check_layers
@@ -164,6 +164,20 @@ def test_how_long_it_takes_is_told_after_the_first_batch(
     list(calibrate(llava.vision_tower, lambda f: images[int(f.name)], files, read_config(folder)))
     # one minute a batch, three batches, three budgets, ranked and counted
     assert capsys.readouterr().err.count("about 18 minutes for 6 pictures") == 1
+
+
+def test_a_schedule_that_asks_for_more_pairs_than_there_are_is_told(llava, images, folder, capsys):
+    assert without_pairs((8, 4, 2, 1), 16) == 0 and without_pairs((4, 8, 1), 16) == 2
+    tower, config = llava.vision_tower, read_config(folder)
+    for kind, told in (("linear", 0), ("reverse_linear", 1)):
+        found = dict(
+            calibrate(tower, lambda f: images[int(f.name)], [Path("0")], config, kind=kind)
+        )
+        r = found["low"]["r"]
+        assert (without_pairs(r, 16) > 0) == told
+        err = capsys.readouterr().err
+        assert err.count(f"low will leave about {without_pairs(r, 16)} tokens") == told
+        assert "high will" not in err
 
 
 def test_neighbours_go_to_different_batches(monkeypatch):
