@@ -11,7 +11,7 @@ import io
 import json
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -20,13 +20,15 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from dymu import DyMU, match, merge
+from dymu import DyMU, Seen, at_least_float32, match, merge
 from extras import show
 from extras.anyres import nearest
 from extras.control import Controlled, plain
 from extras.decoding import sampler
 from extras.door import atomically
 from extras.looked import looked
+from extras.options import NONE
+from extras.sampled import fewer_if_long
 from extras.video import Video
 from model import KVCache
 
@@ -36,31 +38,31 @@ ROOM = 150_000  # bytes of attention that the page keeps of a budget, for each o
 
 def asked(a) -> bool:
     """a: the options"""
-    return a.show is not None and a.show.suffix.lower() == ".html"
+    return a.show is not None and a.show.name.lower().endswith(".html")
 
 
 @dataclass(frozen=True)
 class Recording(DyMU):
-    """Settings that do what `DyMU` does, and note it: of each crop, layer by layer.
-
-    Of each position its token before and after, what that was compared with, and the score; -inf
-    for the tokens of B.
-    """
+    """Settings that do what `DyMU` does, and note it: of each crop, layer by layer."""
 
     noted: list = field(default_factory=list)
 
-    def choose(self, score: Tensor, seen) -> Tensor:
+    def choose(self, score: Tensor, seen: Seen) -> Tensor:
+        """The encoder is timed: what is made of it is made later, by `steps_of`"""
         chosen = super().choose(score, seen)
-        _, partner = match(self.similarity(seen), seen.class_token)
-        _, _, after = merge(seen.x, seen.size, seen.token_at, partner, chosen)
-
-        scores = score.new_full((len(seen.x),), -torch.inf)
-        scores[::2] = score
-        partners = torch.zeros_like(scores, dtype=torch.long)
-        partners[::2] = 1 + 2 * partner
-        before = seen.token_at
-        self.noted.append((torch.stack((before, after, partners[before])), scores[before]))
+        keys = at_least_float32(seen.k).mean(0, keepdim=True)  # all that `similar_keys` reads
+        self.noted.append((score, chosen, replace(seen, x=None, q=None, k=keys, v=None)))
         return chosen
+
+    def at_positions(self, score: Tensor, chosen: Tensor, seen: Seen) -> Tensor:
+        """What was noted of a layer -> (5, N) at each position: its token before and after, that
+        which it was compared with, the score (-inf for the tokens of B), and whether they merged"""
+        _, partner = match(self.similarity(seen), seen.class_token)
+        _, _, after = merge(seen.size[:, None], seen.size, seen.token_at, partner, chosen)
+        pairs = score.new_zeros(3, len(seen.size))
+        pairs[1] = -torch.inf
+        pairs[:, ::2] = torch.stack((1 + 2 * partner, score, chosen))
+        return torch.cat((torch.stack((seen.token_at, after)), pairs[:, seen.token_at])).cpu()
 
 
 def save(a, shown: list, masks, sessions: dict, reports: dict, question: str) -> None:
@@ -118,7 +120,7 @@ def budget(a, session, prompt: Tensor, report) -> dict:
     settings = session.settings
     c = session.processor.config
     grids, crops = sources(c, session.pixels)
-    steps = steps_of(settings.noted, c.vision_layers, flat(grids))
+    steps = steps_of(settings, c.vision_layers, flat(grids))
     counts = [crops * c.visual_tokens, *report.tokens_per_layer]
     behind = second_stage_of(session)
     if behind is not None:
@@ -182,27 +184,27 @@ def attention(session, prompt: Tensor) -> dict | None:
     }
 
 
-def steps_of(noted: list, layers: int, at: Tensor) -> list[dict[str, Tensor]]:
+def steps_of(settings: Recording, layers: int, at: Tensor) -> list[dict[str, Tensor]]:
     """At each patch, before the first layer and behind each: the number of its token, and in the
-    layer its score and a patch of the token that it was compared with; len(at): none is drawn.
+    layer its score, a patch of the token that it was compared with (len(at): none is drawn), and
+    whether they merged.
 
     at (P,): where the patches are among the positions of all crops
     """
     own = {"token": torch.arange(len(at))}
-    if not noted:  # nothing merges
+    if not settings.noted:  # nothing merges
         return [own] * (1 + layers)
 
-    numbers = torch.stack([one for one, _ in noted]).cpu()
-    scores = torch.stack([one for _, one in noted]).float().cpu()
-    N = scores.shape[1]
-    crop = torch.arange(len(noted))[:, None, None] // layers
-    numbers = rearrange(numbers + N * crop, "(c l) k n -> l k (c n)", l=layers)[:, :, at]
-    scores = rearrange(scores, "(c l) n -> l (c n)", l=layers)[:, at]
+    noted = torch.stack([settings.at_positions(*one) for one in settings.noted])
+    N = noted.shape[-1]
+    noted[:, :3] += N * (torch.arange(len(noted))[:, None, None] // layers)  # another crop, others
     steps = [own]
-    for (before, after, partner), score in zip(numbers, scores):
-        patch_of = torch.full((N * (1 + len(noted)),), len(at))
+    for layer in rearrange(noted, "(c l) k n -> l k (c n)", l=layers)[:, :, at]:
+        before, after, partner = layer[:3].long()
+        patch_of = torch.full((N * len(noted),), len(at))
         patch_of[before] = torch.arange(len(at))
-        steps.append({"token": after, "score": score, "partner": patch_of[partner]})
+        steps.append({"token": after, "score": layer[3].float(), "partner": patch_of[partner]})
+        steps[-1]["chosen"] = layer[4].byte()
     return steps
 
 
@@ -234,7 +236,7 @@ def other_answer(a, session, prompt: Tensor) -> str | None:
         return None
     llava = session.llava
     vtu = not session.settings.vtu
-    queries = session.settings.queries if vtu else None
+    queries = fewer_if_long if vtu else None  # as demo.py by default
     rows, token_at = llava.splice(prompt, session.visual, vtu)
     pick = sampler(a.temperature, a.seed, rows.device)
     ids = llava.decode(rows, token_at, KVCache(), queries, a.max_new_tokens, pick=pick)

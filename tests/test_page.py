@@ -15,7 +15,7 @@ from checkpoints import FAMILIES, SIZES, clip, make, picture
 from einops import rearrange
 
 import demo
-from dymu import DyMU, rope_scores
+from dymu import DyMU, best, rope_scores
 from extras import page, show, video
 from extras.looked import looked, words_of
 from extras.options import SAMPLE
@@ -143,23 +143,31 @@ def test_each_patch_has_its_token(tmp_path, name):
 
 def check_patches(llava, processor, pictures):
     pixels = video.see(processor, pictures)
-    settings = page.Recording(r=(3,) * llava.config.vision_layers)
+    layers = llava.config.vision_layers
+    merging = []  # of each layer of each crop: whether the token at a position merges into another
+
+    def rule(score, seen):
+        chosen = best(score, 3)
+        merges = torch.zeros(len(seen.x), dtype=torch.bool)
+        merges[::2] = chosen & (score > -torch.inf)
+        merging.append(merges[seen.token_at])
+        return chosen
+
+    settings = page.Recording(rule=rule)
     visual = llava.encode(pixels, settings)
     grids, crops = page.sources(llava.config, pixels)
     drawn = show.patches(llava.config, pixels, visual)
     assert [grid.shape for grid in grids] == [grid.shape for grid in drawn]
-    steps = page.steps_of(settings.noted, llava.config.vision_layers, page.flat(grids))
+    at = page.flat(grids)
+    steps = page.steps_of(settings, layers, at)
     assert same_groups(steps[-1]["token"], page.flat(drawn))
-    assert len(settings.noted) == crops * llava.config.vision_layers
-    for before, step in zip(steps, steps[1:]):
-        # a token that met another than its partner's, or none, has no score or has not merged
-        partner = step["partner"].clamp(max=len(step["token"]) - 1)
-        apart = step["token"] != step["token"][partner]
-        alone = (
-            torch.bincount(before["token"])[before["token"]]
-            == torch.bincount(step["token"])[step["token"]]
-        )
-        assert alone[(step["score"] > -torch.inf) & apart & (step["partner"] < len(partner))].all()
+    assert len(settings.noted) == crops * layers
+    for i, step in enumerate(steps[1:]):
+        assert torch.equal(step["chosen"].bool(), torch.cat(merging[i::layers])[at])
+        token, partner = step["token"], step["partner"]
+        paired = (step["score"] > -torch.inf) & (partner < len(at))
+        together = token[paired] == token[partner[paired]]
+        assert torch.equal(together, step["chosen"][paired].bool())
 
 
 def test_a_second_stage_is_the_last_step(shown):
