@@ -23,7 +23,7 @@ from torch import Tensor
 from dymu import DyMU, Seen, at_least_float32, match, merge
 from extras import show
 from extras.anyres import nearest
-from extras.control import Controlled, plain
+from extras.control import plain
 from extras.decoding import sampler
 from extras.door import atomically
 from extras.looked import looked
@@ -75,19 +75,25 @@ def save(a, shown: list, masks, sessions: dict, reports: dict, question: str) ->
     colours = [mean_colours(*view) for view in views]
     for (view, *_), mask in zip(views, show.regions_of(session.processor, masks)):
         view.paste(show.ACCENT, mask=show.outline(mask, view.size))
-    budgets = []
-    for name, one in sessions.items():
-        budgets.append({"name": name} | budget(a, one, prompt, reports[name]))
+    # the decoder reads what the last layer leaves, or there is a step behind it, of all budgets
+    pairs = [(one, reports[name]) for name, one in sessions.items()]
+    further = any(
+        second_stage_of(one) or report.visual_tokens != report.tokens_per_layer[-1]
+        for one, report in pairs
+    )
+    budgets = [budget(a, one, prompt, report, further) for one, report in pairs]
     reference = budgets[0]["answers"][0]
-    for one in budgets:
+    for name, one in zip(sessions, budgets):
+        one["name"] = name
         one["answers"] = [compared(answer, reference) for answer in one["answers"]]
 
+    undrawn = budgets[0]["of"] - len(flat(position)) > len(position)  # as in `show.words`
     data = {
         "question": question,
         "model": a.model,
         "method": {"dtome": "DToMe", "tome": "ToMe"}[a.method],
         "files": list(map(str, a.pictures)),
-        "cropped": show.crops(session.processor, shown),
+        "about": show.WHOLE * undrawn + " " + show.crops(session.processor, shown),
         "frames": all(isinstance(one, list) for one in shown),
         "views": [{"h": h, "w": w, "picture": webp(view, h, w)} for view, h, w in views],
         "colours": pack(torch.cat(colours)),
@@ -115,15 +121,17 @@ def filled(data: dict) -> str:
 # ---- What a budget did ----
 
 
-def budget(a, session, prompt: Tensor, report) -> dict:
-    """All that the page says of a budget"""
+def budget(a, session, prompt: Tensor, report, further: bool) -> dict:
+    """All that the page says of a budget; further: there is a step behind the encoder's layers"""
     settings = session.settings
     c = session.processor.config
     grids, crops = sources(c, session.pixels)
     steps = steps_of(settings, c.vision_layers, flat(grids))
     counts = [crops * c.visual_tokens, *report.tokens_per_layer]
-    behind = second_stage_of(session)
-    if behind is not None:
+    behind = None
+    if further:
+        by = second_stage_of(session)
+        behind = f"Behind the second stage ({by})" if by else "What the model reads"
         drawn = flat(show.patches(c, session.pixels, session.visual))
         steps.append({"token": drawn.unique(return_inverse=True)[1]})
         counts.append(report.visual_tokens)
@@ -143,19 +151,16 @@ def budget(a, session, prompt: Tensor, report) -> dict:
     }
 
 
-def second_stage_of(session) -> str | None:
-    """What it went by; None: there was none"""
-    after = session.settings.after
-    limited = [one for one in session.pixels if isinstance(one, Controlled)]
-    if after is None and not limited:
-        return None
-    taus = [tau for tau in session.capped_tau if tau is not None]
-    if after is not None and not taus:
-        taus = [after.tau]
-    said = [f"cosine above {tau:.4f}" for tau in taus]
-    outside = [one.outside for one in limited if one.inside is not None]
-    said += [f"cosine above {tau:.4f} outside the regions" for tau in outside]
-    return ", ".join(dict.fromkeys(said)) or "not needed for the cap"
+def second_stage_of(session) -> str:
+    """What it went by, of all pictures; empty: there was none"""
+    own = getattr(session.settings.after, "tau", None)
+    said = []
+    for used in session.used:
+        for tau, where in zip(used or (own, None), ("", " outside the regions")):
+            if tau is not None:
+                rule = "all into one token" if tau == NONE else f"cosine above {tau:.4f}"
+                said.append(rule + where)
+    return ", ".join(dict.fromkeys(said))
 
 
 def attention(session, prompt: Tensor) -> dict | None:

@@ -64,6 +64,7 @@ class Measured(Session):
             torch.accelerator.synchronize(where)
         self.encoder_s = time.perf_counter() - start
         self.capped_tau = [getattr(one, "tau", None) for one in as_list(pixels)]
+        self.used = [getattr(one, "used", None) for one in as_list(pixels)]  # see `Controlled`
 
     def prompt(self, question: str) -> torch.Tensor:
         return self.processor.prompt(question, self.pixels, self.turns)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ import demo
 from dymu import DyMU, best, rope_scores
 from extras import page, show, video
 from extras.looked import looked, words_of
-from extras.options import SAMPLE
+from extras.options import NONE, SAMPLE
 from extras.report import Measured
+from extras.sampled import fewer_if_long
 from extras.second_stage import second_stage
 from extras.thresholds import read_thresholds
 from load import load
@@ -181,15 +183,48 @@ def test_a_second_stage_is_the_last_step(shown):
 
 
 def test_what_limits_the_tokens_is_a_second_stage_too(shown, tmp_path):
-    file = tmp_path / "box.html"
-    argv = [SAMPLE, QUESTION, "--model", "tiny", "--json", "--tokens", "low", "--show", file]
-    (told,) = run(*argv, "--box", "0.25,0.25,0.75,0.75", "--cap", 30)
-    (budget,) = data_of(file)["budgets"]
-    assert told["visual_tokens"] <= 30 < budget["counts"][-2]
-    assert budget["counts"][-1] == len(array(budget["steps"][-1]["token"]).unique())
-    assert budget["behind"].endswith("cosine above 0.4000 outside the regions")
+    file = tmp_path / ".HTML"
+    argv = [SAMPLE, QUESTION, "--model", "tiny", "--json", "--tokens", "all", "--show", file]
+    told = run(*argv, "--box", "0.25,0.25,0.75,0.75", "--vtu", "off", "--max-new-tokens", 2)
+    full, *budgets = data_of(file)["budgets"]
+    assert full["behind"] == "What the model reads"  # which merges nothing, and heeds no region
+    assert full["counts"][-2:] == [256, 256] and len(full["steps"]) == len(full["counts"])
+    for budget, report in zip(budgets, told[1:]):
+        said = "cosine above 0.4000 outside the regions"
+        assert budget["behind"] == f"Behind the second stage ({said})"
+        assert report["visual_tokens"] == budget["counts"][-1] < budget["counts"][-2]
+        assert budget["counts"][-1] == len(array(budget["steps"][-1]["token"]).unique())
     views = [data_of(one)["views"] for one in (file, shown[0] / "sample.html")]
     assert views[0] != views[1]  # the box is drawn
+
+
+def test_the_other_answer_is_the_default_one(tiny, monkeypatch):
+    llava, processor = tiny
+    pixels = [processor.image(SAMPLE)]
+    queries = []
+    monkeypatch.setattr(llava, "decode", lambda *args, pick: queries.append(args[3]) or [])
+    for vtu in (False, True):
+        session = Measured(llava, processor, pixels, DyMU(r=(9,) * 7, vtu=vtu))
+        a = SimpleNamespace(temperature=0, seed=0, max_new_tokens=2)
+        page.other_answer(a, session, session.prompt(QUESTION))
+    assert queries == [fewer_if_long, None]
+
+
+def test_the_second_stage_says_what_it_went_by():
+    def said(after, *used):
+        return page.second_stage_of(
+            SimpleNamespace(settings=DyMU(after=after and second_stage(after)), used=used)
+        )
+
+    assert said(None, None) == ""
+    assert said(0.8, None, None) == "cosine above 0.8000"
+    # two pictures, of which a cap made one's fall
+    assert said(0.8, (0.5, None), None) == "cosine above 0.5000, cosine above 0.8000"
+    outside = "all into one token outside the regions"
+    assert said(None, (None, NONE)) == outside
+    assert said(None, (0.3, 0.3)) == (
+        "cosine above 0.3000, cosine above 0.3000 outside the regions"
+    )
 
 
 def test_the_page_in_the_repository_is_what_the_command_writes(shown):
@@ -469,7 +504,7 @@ def test_text_is_never_markup(open_page, shown, tmp_path):
     run(tmp_path / name, ATTACK, "--model", "tiny", "--json", "--show", file)
     data = data_of(file)
     assert data["question"] == ATTACK and data["files"] == [str(tmp_path / name)]
-    for key in ("model", "method", "cropped"):
+    for key in ("model", "method", "about"):
         data[key] = ATTACK
     (one,) = data["budgets"]
     one["name"] = ATTACK
