@@ -13,7 +13,7 @@ from extras.anyres import AnyResConfig, Picture, positions
 from extras.families import NEXT, ONEVISION
 from extras.thresholds import schedule
 from extras.video import OneVisionConfig
-from lab import ablate, bench, control, schedules
+from lab import ablate, bench, control, pages, schedules
 from lab.scenes import HELD_OUT, scene
 from lab.shapes import PHOTO, SHAPES
 from lab.tables import bracket, spread
@@ -332,3 +332,20 @@ def test_schedules_are_timed_beside_what_they_cost(monkeypatch, tmp_path, capsys
     assert rows[2].endswith(f"| {bracket(linear)} |")
     runs = json.loads((tmp_path / "s.json").read_text())["runs"]
     assert all(len(times) == 2 for of in runs.values() for times in of.values())
+
+
+def test_pages_are_timed(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    monkeypatch.setattr(pages, "SHOWN", {"tiles": ("smoke-onevision", 2, 1, 0)})
+    file = tmp_path / "pages.json"
+    argv = ["--dtype", "float32", "--device", "cpu", "--threads", "1", "--save", str(file)]
+    if pages.chromium() is None:
+        with pytest.raises(SystemExit):
+            pages.main(argv)
+        assert "there is no Chromium" in capsys.readouterr().err
+        return
+    pages.main(argv)
+    (one,) = json.loads(file.read_text())["pages"].values()
+    assert one["positions"] == 36 + 15 * 21
+    assert one["bytes"] > pages.page.TEMPLATE.stat().st_size and len(one["steps"]) >= 8
+    assert capsys.readouterr().out.count("| tiles | 351 |") == 1
