@@ -235,7 +235,7 @@ def demo_help(capsys):
 FILES = [("ablate", "ablate"), ("bench_tables", "bench-tiny-llava")]
 FILES += [("bench_tables", "bench-long"), ("questions", "questions")]
 FILES += [("control", "control"), ("second", "second"), ("peers", "peers")]
-FILES += [("pages", "pages")]
+FILES += [("pages", "pages"), ("schedules", "schedules"), ("crops", "crops")]
 
 
 @pytest.mark.parametrize("name, file", FILES)
