@@ -23,7 +23,7 @@ from extras.anyres import Picture
 from extras.devices import choose_device
 from extras.door import announce_download, atomically, check_writable, dump, find
 from extras.options import note
-from extras.second_stage import second_stage
+from extras.second_stage import between, second_stage
 from extras.thresholds import BEHIND, BUDGETS, find_thresholds, merges, name_of
 from extras.video import picture_files
 from load import load_model, load_processor
@@ -215,19 +215,16 @@ def calibrate_behind(
 
     N = [n for part in gather([len(token_at) for _, token_at in held]) for n in part]
     for budget, share in shares.items():
-        least, most = 0.0, 1.0
-        for _ in range(16):
-            tau = (least + most) / 2
-            few = sum(tokens(tau)) < share * sum(N)
-            least, most = (tau, most) if few else (least, tau)
-        counts = tokens(most)
+        left = share * sum(N)
+        _, tau = between(lambda tau, left=left: sum(tokens(tau)) < left, 0.0, 1.0, halvings=16)
+        counts = tokens(tau)
         yield (
             budget,
             {
                 "images": len(counts),
                 "tokens_mean": statistics.fmean(counts),
                 "tokens_std": statistics.pstdev(counts),
-                "after": most,
+                "after": tau,
                 "thresholds": settings.thresholds,
             },
         )

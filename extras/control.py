@@ -21,7 +21,7 @@ from extras.anyres import AnyResProcessor, positions
 from extras.door import on_white, read_picture, transparent
 from extras.families import classes
 from extras.options import OUTSIDE, note
-from extras.second_stage import second_stage
+from extras.second_stage import between, second_stage
 from extras.video import Frames, see_one, several_pictures
 from load import Processor
 from model import Llava
@@ -89,21 +89,19 @@ class Controlled:
 
     def fall(self, merged: Callable, count: Callable, most: float):
         """The highest tau below most, as near as 12 halvings come, with which the cap is kept"""
+
+        def at(tau):
+            return merged(second_stage(tau), tau)
+
         self.tau = -1.0
-        rows = merged(second_stage(self.tau), self.tau)
+        rows = at(self.tau)
         if count(rows) > self.cap:
             raise ValueError(
                 f"--cap {self.cap} cannot be kept: {count(rows)} tokens are left where all merge "
                 "that may (no newline, and nothing inside with what is outside)"
             )
-        for _ in range(12):
-            tau = (self.tau + most) / 2
-            found = merged(second_stage(tau), tau)
-            if count(found) <= self.cap:
-                self.tau, rows = tau, found
-            else:
-                most = tau
-        return rows
+        self.tau, _ = between(lambda tau: count(at(tau)) <= self.cap, self.tau, most, halvings=12)
+        return at(self.tau)
 
 
 def plain(pixels: list) -> list:

@@ -261,12 +261,7 @@ def examine(
     jpeg = io.BytesIO()
     processor.view(image).save(jpeg, "JPEG")  # at Pillow's quality 75
 
-    asked = []
-    for _, question, answer in questions:
-        told = processor.tokenizer.encode(f" {answer}", add_special_tokens=False).ids
-        told.append(llava.config.eos_token_id[0])
-        ids = torch.cat((processor.prompt(question), torch.tensor(told[:-1])))
-        asked.append((ids, told))
+    asked = with_answers(processor, questions)
 
     once = functools.cache(lambda merging: encode(llava, pixels, merging))
     tokens = {}
@@ -282,6 +277,17 @@ def examine(
         tokens=tokens,
         right=right,
     )
+
+
+def with_answers(processor, questions: list[tuple]) -> list[tuple[Tensor, list[int]]]:
+    """questions: (kind, question, right answer) -> what `right_answers` asks"""
+    asked = []
+    for _, question, answer in questions:
+        told = processor.tokenizer.encode(f" {answer}", add_special_tokens=False).ids
+        told.append(processor.config.eos_token_id[0])
+        ids = torch.cat((processor.prompt(question), torch.tensor(told[:-1])))
+        asked.append((ids, told))
+    return asked
 
 
 def right_answers(llava: Llava, visual: list, settings: DyMU, asked: list) -> list[bool]:

@@ -23,6 +23,7 @@ import torch
 from dymu import DyMU
 from extras.options import number
 from extras.thresholds import BUDGETS, merges
+from lab.bench_tables import by
 from lab.shapes import build, find_shape, photo
 from lab.tables import head, line, spread
 from lab.timing import command, timed
@@ -93,9 +94,8 @@ def tower_of(tower, settings, crop):
 def table(r: dict) -> str:
     """From the content of the JSON file alone"""
     out = [
-        f"{r['crops']} tiles through {r['blocks']} blocks; {r['machine']}, {r['threads']} threads, "
-        f"{r['dtype']}, torch {r['torch']}, {r['date']}. Milliseconds, median [least, most] of "
-        f"{r['repeats']}, and how many times as fast as one by one, round by round.",
+        f"{r['crops']} tiles through {r['blocks']} blocks; {by(r)}. Milliseconds, median [least, "
+        f"most] of {r['repeats']}, and how many times as fast as one by one, round by round.",
         "",
         *head("tokens: way", "time", "times as fast"),
     ]

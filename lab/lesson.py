@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dymu import DyMU, rope_scores
 from extras.show import ACCENT, INK, SOFT, TRACK, merged
-from lab.ablate import right_answers
+from lab.ablate import right_answers, with_answers
 from lab.scenes import GRID, scene
 from lab.tables import bracket, interval, resample
 from model import KVCache, rope_table
@@ -149,15 +149,7 @@ class Quiz:
         self.llava = llava
         self.scenes = [scene(seed) for seed in seeds]
         self.pixels = [processor.image(one.image) for one in self.scenes]
-        self.asked = []  # of each scene (ids, told) of its questions, see `right_answers`
-        for one in self.scenes:
-            asked = []
-            for _, question, answer in one.questions:
-                told = processor.tokenizer.encode(f" {answer}", add_special_tokens=False).ids
-                told.append(llava.config.eos_token_id[0])
-                ids = torch.cat((processor.prompt(question), torch.tensor(told[:-1])))
-                asked.append((ids, told))
-            self.asked.append(asked)
+        self.asked = [with_answers(processor, one.questions) for one in self.scenes]
         self.found = {}
 
     def ask(self, name: str, encode, decoder: DyMU = DyMU()) -> None:

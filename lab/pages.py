@@ -25,6 +25,7 @@ from extras.thresholds import BUDGETS, merges
 from lab.shapes import SIZES, Prompt, build, decoder, find_shape
 from lab.tables import head, line, spread
 from lab.timing import command
+from model import as_list
 
 NARROW = dict(zip(SIZES[:2], (64, 128))) | dict(num_attention_heads=4)
 SHOWN = {  # the shape, decoder layers, photos, frames
@@ -49,7 +50,8 @@ STEPS = """async () => {
 
 
 def chromium() -> str | None:
-    return shutil.which("chromium") or shutil.which("google-chrome")
+    names = "chromium", "chromium-browser", "google-chrome", "chrome"
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def measure(a, device, dtype) -> dict:
@@ -96,9 +98,8 @@ def write(file: Path, shape, photos: int, frames: int, device, dtype) -> int:
     reports = {}
     for budget in ("full", *BUDGETS):
         given = {} if budget == "full" else dict(r=merges(budget, prompt.config))
-        pixels = prompt.pixels()
-        pixels = pixels if isinstance(pixels, list) else [pixels]
-        session = Measured(prompt.ours, processor, pixels, page.Recording(**vars(DyMU(**given))))
+        settings = page.Recording(**vars(DyMU(**given)))
+        session = Measured(prompt.ours, processor, as_list(prompt.pixels()), settings)
         sessions[budget] = session
         reports[budget] = session.reply(prompt.ids, 30)
 

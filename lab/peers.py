@@ -28,7 +28,7 @@ from extras.control import Controlled, apart, find_inside, regions
 from extras.door import find
 from extras.families import read_config
 from extras.options import NONE, OUTSIDE
-from extras.second_stage import second_stage
+from extras.second_stage import between, second_stage
 from extras.thresholds import find_thresholds
 from lab import ablate, second
 from lab.ideas import VisionZip, attended, fastv, less_contrast_first, states, values
@@ -168,12 +168,8 @@ def taus(folder: Path, row: Row, shares: list[str]) -> dict[str, float]:
 
     found = {}
     for share in shares:
-        least, most = 0.0, 1.0
-        for _ in range(12):
-            tau = (least + most) / 2
-            few = tokens(tau) < ablate.tokens_left(llava.config, second.SHARES[share])
-            least, most = (tau, most) if few else (least, tau)
-        found[share] = most
+        left = ablate.tokens_left(llava.config, second.SHARES[share])
+        _, found[share] = between(lambda tau, left=left: tokens(tau) < left, 0.0, 1.0, halvings=12)
     return found
 
 
@@ -279,12 +275,7 @@ def examine(folder: Path, rows: dict[str, Row], name: str, seed: int) -> dict:
     llava, processor = ablate.loaded(folder, "cpu", "float32")
     drawn = scene(seed, variant=ablate.VARIANT[name])
     pixels = processor.image(drawn.image)
-    asked = []
-    for _, question, answer in drawn.questions:
-        told = processor.tokenizer.encode(f" {answer}", add_special_tokens=False).ids
-        told.append(llava.config.eos_token_id[0])
-        ids = torch.cat((processor.prompt(question), torch.tensor(told[:-1])))
-        asked.append((ids, told))
+    asked = ablate.with_answers(processor, drawn.questions)
 
     tokens = {}
     right = {}

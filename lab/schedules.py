@@ -20,6 +20,7 @@ from dymu import DyMU
 from extras.door import read_json
 from extras.options import SCHEDULES, number
 from lab.ablate import merges
+from lab.bench_tables import by
 from lab.shapes import build, find_shape, photo
 from lab.tables import bracket, head, line, spread
 from lab.timing import command, timed
@@ -60,9 +61,8 @@ def table(r: dict) -> str:
     columns = [name for tower in TOWERS for name in (tower, "full / this")]
     out = [
         f"The encoder's milliseconds for one crop, median [least, most] of {r['repeats']}, and how "
-        f"many times as fast as at full length, round by round; {r['machine']}, {r['threads']} "
-        f"threads, {r['dtype']}, torch {r['torch']}, {r['date']}. Right answers: tiny/, DToMe, in "
-        "% (lab.ablate).",
+        f"many times as fast as at full length, round by round; {by(r)}. Right answers: tiny/, "
+        "DToMe, in % (lab.ablate).",
         "",
         *head("tokens, schedule", *columns, "right answers"),
     ]

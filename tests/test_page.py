@@ -24,6 +24,7 @@ from extras.report import Measured
 from extras.sampled import fewer_if_long
 from extras.second_stage import second_stage
 from extras.thresholds import read_thresholds
+from lab.pages import chromium
 from load import load
 from model import rope_table
 
@@ -384,8 +385,7 @@ def test_differing_words():
 @pytest.fixture(scope="module")
 def browser():
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = "chromium", "chromium-browser", "google-chrome", "chrome"
-    found = next(filter(None, map(shutil.which, names)), None)
+    found = chromium()
     if found is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
     with sync.sync_playwright() as p:
