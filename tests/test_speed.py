@@ -1,7 +1,10 @@
 """What must stay fast, without a clock: which kernels run, and how large tensors become."""
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dymu import DyMU, attention, causal_attention, vtu_attention
@@ -57,6 +60,17 @@ def test_pytorchs_fused_kernel_is_what_runs(dtype, kv_heads):
     with Watch() as watch:  # the mask that was slow
         attention(q, k, k, mask=bias.expand(4, N_un, -1))
     assert not fused(watch)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_a_step_reads_each_head_of_the_keys_once(kv_heads):
+    q = torch.randn(8, 1, 32)
+    k, v = torch.randn(2, kv_heads, 200, 32)
+    kernel = F.scaled_dot_product_attention
+    with mock.patch.object(F, "scaled_dot_product_attention", wraps=kernel) as run:
+        got = causal_attention(q, k, v)
+    assert run.call_args.args[0].shape == (1, kv_heads, 8 // kv_heads, 32)
+    torch.testing.assert_close(got, attention(q, k, v), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
