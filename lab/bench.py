@@ -2,7 +2,7 @@
 
 Both are on the same weight tensors, in one process.
 
-    python -m lab.bench                          # tiny-llava, about 10 minutes on 2 cores;
+    python -m lab.bench                          # tiny-llava, 6 to 15 minutes on 2 cores;
                                                  # writes lab/bench-tiny-llava.json
     python -m lab.bench --shape llava-1.5-7b     # 14 GB of weights: for a GPU, or for patience
     python -m lab.bench --shape onevision-0.5b   # a photo in tiles, 7,309 visual tokens

@@ -64,7 +64,7 @@ def curve(seconds: dict[str, dict[int, list[float]]]):
     for axes in (left, right):
         axes.set_xlabel("visual tokens")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+    left.legend(fontsize="x-small")  # of both
     return figure
 
 

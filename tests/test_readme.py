@@ -220,6 +220,7 @@ def test_the_python_examples_run(page, capsys, monkeypatch):
 def test_options_that_are_named_exist(page, capsys):
     # of lab, torchrun and pip
     others = {"--full", "--shape", "--clip", "--nproc-per-node", "--index-url"}
+    others |= {"--layers", "--repeats", "--curve"}
     others |= {"--choose", "--config", "--tasks", "--limit", "--control", "--question"}
     options = set(re.findall(r"`?(--[a-z][a-z-]+)", (ROOT / page).read_text())) - others
     help_text = demo_help(capsys)
@@ -236,6 +237,9 @@ FILES = [("ablate", "ablate"), ("bench_tables", "bench-tiny-llava")]
 FILES += [("bench_tables", "bench-long"), ("questions", "questions")]
 FILES += [("control", "control"), ("second", "second"), ("peers", "peers")]
 FILES += [("pages", "pages"), ("schedules", "schedules"), ("crops", "crops")]
+SHAPES = ["onevision-0.5b", "onevision-0.5b-32-frames", "tiny-llava-curve"]
+SHAPES += ["llava-next-7b-2-layers", "llava-1.5-7b-2-layers"]
+FILES += [("bench_tables", f"bench-{shape}") for shape in SHAPES]
 
 
 @pytest.mark.parametrize("name, file", FILES)
