@@ -312,7 +312,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, query_at: Tensor | None = 
     if query_at is None and Q == 1:
         # it sees all keys, so heads of q that share one of k can go as queries of one head: the
         # kernel then reads it once, which on a CPU takes a fraction of the time
-        return attention(q.reshape(len(k), -1, q.shape[-1]), k, v).view_as(q)
+        return attention(q.reshape(len(k), -1, q.shape[-1]), k, v).reshape(q.shape)
 
     position = torch.arange(N, device=q.device)
     query_at = position[-Q:] if query_at is None else query_at

@@ -78,7 +78,9 @@ def by(r: dict) -> str:
 
 
 def rounds(r: dict) -> str:
-    return f"median [least, most] of {r['repeats']}" if r["repeats"] else "in one round"
+    if r["repeats"] > 1:
+        return f"median [least, most] of {r['repeats']}"
+    return "in one round" + " after another" * r["repeats"]
 
 
 def long_table(r: dict) -> str:

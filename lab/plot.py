@@ -64,7 +64,7 @@ def curve(seconds: dict[str, dict[int, list[float]]]):
     for axes in (left, right):
         axes.set_xlabel("visual tokens")
         axes.grid(alpha=0.3)
-    left.legend(fontsize="x-small")  # of both
+    left.legend(fontsize="x-small")  # the right has the same lines
     return figure
 
 
