@@ -305,7 +305,7 @@ def measure_long(a, device, dtype) -> dict:
 
 def parse() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m lab.bench", description="Measures the speed tables of the README."
+        prog="python -m lab.bench", description="Measures the speed tables of RESULTS.md."
     )
     p.add_argument("--shape", default="tiny-llava", choices=(*SHAPES, "long"), help="(%(default)s)")
     few = "only so many decoder layers"
