@@ -80,7 +80,7 @@ def by(r: dict) -> str:
 def rounds(r: dict) -> str:
     if r["repeats"] > 1:
         return f"median [least, most] of {r['repeats']}"
-    return "in one round" + " after another" * r["repeats"]
+    return "in one round" + ", after one to warm up" * r["repeats"]
 
 
 def long_table(r: dict) -> str:

@@ -245,7 +245,7 @@ def test_the_benchmark_shows_tiles_and_frames(frames, tmp_path, monkeypatch, cap
     what = "4 frames of 1280 x 960" if frames else "a 1280 x 960 photo"
     printed = capsys.readouterr().out
     assert f"Preprocessing of {what}: " in printed
-    assert ("in one round" if frames else "of 1; ") in printed
+    assert ("in one round; " if frames else "in one round, after one to warm up; ") in printed
     assert first["tight, `1`"]["first"] > 0 and "prefill" in found["peak_bytes"]["full"]
 
 
