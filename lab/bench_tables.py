@@ -78,9 +78,11 @@ def by(r: dict) -> str:
 
 
 def rounds(r: dict) -> str:
-    if r["repeats"] > 1:
-        return f"median [least, most] of {r['repeats']}"
-    return "in one round" + ", after one to warm up" * r["repeats"]
+    if r["repeats"] == 0:
+        return "in one round"
+    if r["repeats"] == 1:
+        return "in one round, after one to warm up"
+    return f"median [least, most] of {r['repeats']}"
 
 
 def long_table(r: dict) -> str:
@@ -251,14 +253,17 @@ def curve_table(r: dict) -> str:
 
 def small_table(results: dict) -> str:
     """The README's: the first token, full and with few tokens."""
-    theirs = [run["first"] for run in results["runs"]["transformers"]]
+    m = Measured(results)
+    rows = {
+        "full": "full length",
+        "low, `all`": "low",
+        "low, `1`": "low, one query per token",
+        "tightest, `1`": "tightest, one query per token",
+    }
     out = head("milliseconds to the first token", "visual rows", "time", "times as fast")
-    out.append(line("transformers", str(results["visual_tokens"]), spread(theirs, 1000), "1"))
-    shown = {"full": "full length", "low, `all`": "low", "low, `1`": "low, one query per token"}
-    shown["tightest, `1`"] = "tightest, one query per token"
-    for name, label in shown.items():
-        runs = results["runs"][name]
-        ours = [run["first"] for run in runs]
-        faster = ratios([theirs[run["pair"]] for run in runs], ours)
-        out.append(line(label, str(runs[0]["rows"]), spread(ours, 1000), faster))
+    theirs = spread(m.of("transformers", "first"), 1000)
+    out.append(line("transformers", str(results["visual_tokens"]), theirs, "1"))
+    for name, label in rows.items():
+        time = spread(m.of(name, "first"), 1000)
+        out.append(line(label, str(m.runs[name][0]["rows"]), time, m.pairs(name, "first")))
     return "\n".join(out)

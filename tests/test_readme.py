@@ -233,8 +233,8 @@ def demo_help(capsys):
     return capsys.readouterr().out
 
 
-FILES = [(name, name) for name in ("ablate", "control", "crops", "pages", "peers", "questions")]
-FILES += [("schedules", "schedules"), ("second", "second")]
+NAMES = ["ablate", "control", "crops", "pages", "peers", "questions", "schedules", "second"]
+FILES = [(name, name) for name in NAMES]
 FILES += [("bench_tables", file.stem) for file in sorted((ROOT / "lab").glob("bench-*.json"))]
 
 
